@@ -1,0 +1,202 @@
+"""What every backbone answers, and the few things that all adapters over timm share."""
+
+import difflib
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.layers import DropPath
+from timm.layers.drop import DropBlock2d
+from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
+from torch import Tensor, nn
+
+from ssd.batch import Tokens
+from ssd.errors import UserError
+from ssd.record import Recorded
+
+ABILITIES = {
+    "masked": "replace patches by a mask token",
+    "visible": "encode only the visible patches",
+    "taps": "return intermediate outputs",
+    "until": "stop after a block",
+}
+
+
+class Backbone(Recorded, nn.Module):
+    """A network from pictures (B, C, H, W) to `Tokens`, thin over a timm model.
+
+    The timm model is `self.model` and holds all the weights, so `self.model.state_dict()` is one that
+    plain timm loads. Nothing else of a method (mask token, head) lives here.
+
+    Attributes:
+        can: which of `ABILITIES` it has. Asking `forward` for another is a UserError.
+        embed_dim: D, the width of `Tokens.pooled()`.
+        patch_size: pixels from one patch to the next; the total stride of a convnet. (rows, columns)
+            where the two differ.
+        num_blocks: how many blocks (stages of a convnet) `taps` and `until` count, from 1.
+    """
+
+    can: frozenset[str] = frozenset()
+    model: nn.Module
+
+    def __init__(self, name: str, in_chans: int, drop_path_rate: float):
+        super().__init__()
+        if in_chans < 1:
+            raise UserError(f"in_chans is {in_chans}, a picture has at least 1 channel.")
+        if not 0 <= drop_path_rate < 1:
+            raise UserError(f"drop_path_rate is {drop_path_rate}, expected a share of at least 0 and below 1.")
+        self.name = name
+        self.in_chans = in_chans
+        self.drop_path_rate = drop_path_rate
+
+    def forward(
+        self,
+        x: Tensor,
+        masked: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        visible: Tensor | None = None,
+        taps: Sequence[int | str] = (),
+        until: int | None = None,
+    ) -> Tokens:
+        """Pictures (B, C, H, W), normalised -> tokens.
+
+        Args:
+            masked: patches whose embedding becomes `mask_token` before positions are added: bool (B, N)
+                or indices (B, M).
+            mask_token: D values, for instance a parameter of shape (1, D).
+            visible: indices (B, n) of the only patches that pass the blocks, sorted.
+            taps: numbers of the blocks whose output is wanted, as `tokens.taps["block3"]` for 3, and
+                names such as "block3.mlp" for what a ViT's MLP adds, before scale and residual.
+            until: number of the last block to run, 1 to `num_blocks`.
+        """
+        raise NotImplementedError
+
+    @property
+    def embed_dim(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def patch_size(self) -> int | tuple[int, int]:
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The repeated parts in order, for compile, checkpointing and layer decay."""
+        raise NotImplementedError
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an input of `height` by `width` pixels."""
+        raise NotImplementedError
+
+    def describe_timm(self) -> dict[str, Any]:
+        """`name` and `kwargs` with which `timm.create_model` builds this model without its training-only
+        settings, and `edits`, the lines of Python that then change `model` where timm has no setting."""
+        raise NotImplementedError
+
+    def require(self, *abilities: str, by: str) -> None:
+        """Raise UserError unless the backbone has the abilities that the method named `by` needs."""
+        for ability in abilities:
+            if ability not in self.can:
+                raise UserError(
+                    f"{by} needs a backbone that can {ABILITIES[ability]} ('{ability}'), "
+                    f"which {type(self).__name__} '{self.name}' cannot. {self.instead(ability)}"
+                )
+
+    def instead(self, ability: str) -> str:
+        return "Use a ViT, for instance ViT with name: vit_small_patch16_224."
+
+    def record(self) -> dict[str, Any]:
+        """Without `weights`: whoever rebuilds from a record loads the state that was saved beside it."""
+        record = super().record()
+        record["init_args"].pop("weights", None)
+        return record
+
+    def check_input(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise UserError(
+                f"'{self.name}' was built for pictures of {self.in_chans} channels, (B, {self.in_chans}, H, W), "
+                f"and was given {tuple(x.shape)}. Set in_chans to the channels of the data."
+            )
+
+    def start_from(self, weights: str | None) -> None:
+        if weights is not None:
+            from ssd.weights.load import load_backbone_weights
+
+            load_backbone_weights(self, weights)
+
+    def use_fitting_attention(self, x: Tensor) -> None:
+        """Fused attention, except in bfloat16 on the CPU, where its backward pass is slower than all
+        the rest of the network together and plain matrix products are not."""
+        half = x.dtype == torch.bfloat16
+        if torch.is_autocast_enabled("cpu"):
+            half = torch.get_autocast_dtype("cpu") == torch.bfloat16
+        fused = not (x.device.type == "cpu" and half)
+        for module in self.attention:
+            # only on a change: an assignment in every forward would be a side effect of a compiled graph
+            if module.fused_attn != fused:
+                module.fused_attn = fused
+
+    def find_attention(self) -> tuple[nn.Module, ...]:
+        return tuple(module for module in self.model.modules() if hasattr(module, "fused_attn"))
+
+
+def tap_names(taps: Iterable[int | str], last: int, num_blocks: int, name: str) -> list[str]:
+    """Taps as names, "block3" for 3. Raises UserError for a block that does not run."""
+    names = [tap if isinstance(tap, str) else f"block{tap}" for tap in taps]
+    for tap in names:
+        number = tap.removeprefix("block").removesuffix(".mlp")
+        if not tap.startswith("block") or not number.isdigit() or not 1 <= int(number) <= last:
+            stopped = f" and stops after block {last}" if last < num_blocks else ""
+            raise UserError(
+                f"tap '{tap}' is not an output of '{name}', which has blocks 1 to {num_blocks}{stopped}. "
+                "Use a number, or a name such as block3 or block3.mlp."
+            )
+    return names
+
+
+def create(name: str, kwargs: dict[str, Any], arguments: dict[str, Any] | None) -> nn.Module:
+    """The timm model, with random weights. Raises UserError for an unknown name or argument."""
+    bare, _, tag = name.partition(".")
+    if not timm.is_model(bare):
+        nearest = difflib.get_close_matches(bare, timm.list_models(), n=5, cutoff=0.4)
+        hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
+        raise UserError(f"timm has no model named '{bare}'.{hint} timm.list_models() lists all.")
+    if tag:
+        raise UserError(f"name '{name}' has a tag, which names weights. Use name: {bare} and weights: timm:{tag}.")
+    own = sorted(set(arguments or {}) & {"in_chans", "img_size", "drop_path_rate", "num_classes", "pretrained"})
+    if own:
+        raise UserError(f"arguments of '{name}' contain {', '.join(own)}, which the backbone itself sets or takes by name.")
+    try:
+        return timm.create_model(name, **kwargs, **(arguments or {}))
+    except (TypeError, AssertionError, ValueError, KeyError) as error:
+        given = f" with arguments {dict(arguments)}" if arguments else ""
+        raise UserError(f"timm could not build '{name}'{given}: {error}") from None
+
+
+def set_drop_path_zero(module: nn.Module) -> None:
+    """Switch off every random drop (path, unit, block, token) inside `module`: what a teacher's copy needs
+    to be the same function in train mode."""
+    for part in module.modules():
+        if isinstance(part, DropPath | DropBlock2d):
+            part.drop_prob = 0.0
+        elif isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+        elif isinstance(part, PatchDropout | PatchDropoutWithIndices):
+            part.prob = 0.0
+        # timm's ResNet drops units by a rate that is a plain attribute
+        if isinstance(getattr(part, "drop_rate", None), float):
+            part.drop_rate = 0.0
+
+
+def say_padding(name: str, size: tuple[int, int], patch: tuple[int, int]) -> None:
+    warnings.warn(
+        f"'{name}' pads pictures of {size[0]} x {size[1]} px with zeros at the right and bottom: "
+        f"its patches are {patch[0]} x {patch[1]} px. A multiple of the patch size costs no padding.",
+        stacklevel=3,
+    )

@@ -1,0 +1,209 @@
+"""Vision transformers of timm: learned positions (VisionTransformer) and rotary ones (Eva)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from ssd.backbones.base import Backbone, create, say_padding, tap_names
+from ssd.batch import Tokens
+from ssd.errors import UserError
+
+
+FAMILIES = {"vision_transformer", "deit", "eva"}    # timm's own modules
+
+
+class ViT(Backbone):
+    """A vision transformer of timm by name.
+
+    Inputs of any size: learned positions are resized bicubically, rotary ones are computed. Sizes that
+    the patch does not divide are padded with zeros at the right and bottom, which is said once.
+
+    Args:
+        name: timm's name, for instance vit_tiny_patch16_224, vit_small_patch14_reg4_dinov2,
+            vit_small_patch16_dinov3.
+        img_size: pixels of the side (or height and width) that learned positions are kept for; the
+            name's own where None. Other inputs work, at the cost of resizing positions.
+        drop_path_rate: share of samples whose residual branch is skipped in the last block, growing
+            linearly from 0 in the first.
+        weights: start from "timm", "timm:TAG", an exported folder, a weights file or a checkpoint.
+        arguments: further arguments of the timm model, for instance {depth: 4, embed_dim: 96}.
+    """
+
+    can = frozenset({"masked", "visible", "taps", "until"})
+
+    def __init__(
+        self,
+        name: str = "vit_small_patch16_224",
+        *,
+        in_chans: int = 3,
+        img_size: int | Sequence[int] | None = None,
+        drop_path_rate: float = 0.0,
+        weights: str | None = None,
+        arguments: dict[str, Any] | None = None,
+    ):
+        super().__init__(name, in_chans, drop_path_rate)
+        arguments = dict(arguments or {})
+        if arguments.get("patch_drop_rate"):
+            raise UserError("patch_drop_rate drops patches unseen by the method. Use a method that passes `visible`.")
+        kwargs = {"num_classes": 0, "in_chans": in_chans, "dynamic_img_size": True, "dynamic_img_pad": True}
+        if img_size is not None:
+            kwargs["img_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
+        # without a pooling of timm's, the final norm is that of the tokens
+        build = {**kwargs, "global_pool": "", "drop_path_rate": drop_path_rate}
+        if timm.is_model(name) and not timm.models.is_model_in_modules(name, FAMILIES):
+            raise UserError(
+                f"'{name}' is not a vision transformer that ViT can adapt. Use ConvNet for networks that answer "
+                "a map of features, or a name such as vit_small_patch16_224 or vit_small_patch16_dinov3."
+            )
+        model = create(name, build, arguments)
+        if hasattr(model, "dist_token"):
+            raise UserError(f"'{name}' has a distillation token, which no method here uses. Use the name without it.")
+        model.global_pool = "avg" if model.cls_token is None else "token"
+        self.model = model
+        self.rotary = isinstance(model, Eva)
+        self.kwargs = {
+            **kwargs, "global_pool": model.global_pool, "use_fc_norm" if self.rotary else "fc_norm": False, **arguments
+        }
+        if any(side % patch for side, patch in zip(model.patch_embed.img_size, model.patch_embed.patch_size, strict=True)):
+            raise UserError(
+                f"img_size {img_size} of '{name}' is not a multiple of its patches of {self.patch_size} px. "
+                f"Use a multiple, for instance {[round_up(s, p) for s, p in zip(model.patch_embed.img_size, self.patch, strict=True)]}."
+            )
+        self.attention = self.find_attention()
+        self.padding_said = False
+        self.start_from(weights)
+
+    @property
+    def embed_dim(self) -> int:
+        return self.model.embed_dim
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        return tuple(self.model.patch_embed.patch_size)
+
+    @property
+    def patch_size(self) -> int | tuple[int, int]:
+        rows, columns = self.patch
+        return rows if rows == columns else (rows, columns)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.model.blocks
+
+    @property
+    def num_registers(self) -> int:
+        return 0 if self.model.reg_token is None else self.model.reg_token.shape[1]
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches in a tap: the class token, then the registers."""
+        return self.model.num_prefix_tokens
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = self.patch
+        return -(-height // rows), -(-width // columns)
+
+    def describe_timm(self) -> dict[str, Any]:
+        return {"name": self.name, "kwargs": dict(self.kwargs), "edits": []}
+
+    def forward(
+        self,
+        x: Tensor,
+        masked: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        visible: Tensor | None = None,
+        taps: Sequence[int | str] = (),
+        until: int | None = None,
+    ) -> Tokens:
+        """As `Backbone.forward`. Taps are whole sequences (B, num_prefix + N, D) before the final norm;
+        what is answered went through the final norm, also after an early stop."""
+        self.check_input(x)
+        self.use_fitting_attention(x)
+        last = self.num_blocks if until is None else until
+        if not 1 <= last <= self.num_blocks:
+            raise UserError(f"until is {until}, expected a block of '{self.name}': 1 to {self.num_blocks}.")
+        wanted = tap_names(taps, last, self.num_blocks, self.name)
+
+        grid, sequence, rope = self.embed(x, masked, mask_token, visible)
+        tapped: dict[str, Tensor] = {}
+        for number, block in enumerate(self.blocks[:last], 1):
+            place = {"rope": rope[number - 1] if self.model.rope_mixed else rope} if self.rotary else {}
+            if f"block{number}.mlp" in wanted:
+                sequence, tapped[f"block{number}.mlp"] = block_and_mlp(block, sequence, place)
+            else:
+                sequence = block(sequence, **place)
+            if f"block{number}" in wanted:
+                tapped[f"block{number}"] = sequence
+
+        sequence = self.model.norm(sequence)                                # (B, prefix + N, D)
+        prefix = self.num_prefix
+        return Tokens(
+            patches=sequence[:, prefix:],
+            grid=grid,
+            cls=None if self.model.cls_token is None else sequence[:, 0],
+            registers=sequence[:, prefix - self.num_registers : prefix] if self.num_registers else None,
+            taps=tapped,
+        )
+
+    def embed(
+        self, x: Tensor, masked: Tensor | None, mask_token: Tensor | None, visible: Tensor | None
+    ) -> tuple[tuple[int, int], Tensor, Tensor | None]:
+        """The token grid, what enters the first block (B, prefix + N or n, D), and rotary positions."""
+        height, width = x.shape[-2:]
+        rows, columns = self.patch
+        if (height % rows or width % columns) and not self.padding_said and not torch.compiler.is_compiling():
+            self.padding_said = True
+            say_padding(self.name, (height, width), self.patch)
+
+        patches = self.model.patch_embed(x)                                 # (B, h, w, D)
+        grid = (patches.shape[1], patches.shape[2])
+        if masked is not None:
+            patches = replace_masked(patches.flatten(1, 2), masked, mask_token).unflatten(1, grid)
+        sequence, rope = self.model._pos_embed(patches) if self.rotary else (self.model._pos_embed(patches), None)
+        if visible is not None:
+            prefix, rest = sequence[:, : self.num_prefix], sequence[:, self.num_prefix :]
+            rest = rest.gather(1, visible[..., None].expand(-1, -1, rest.shape[-1]))
+            sequence = torch.cat([prefix, rest], dim=1)                     # (B, prefix + n, D)
+            if rope is not None:
+                rope = visible_rope(sequence, rope, visible, per_block=self.model.rope_mixed)
+        return grid, self.model.norm_pre(sequence), rope
+
+
+def replace_masked(patches: Tensor, masked: Tensor, mask_token: Tensor | None) -> Tensor:
+    """Patch embeddings (B, N, D) with the masked ones, bool (B, N) or indices (B, M), set to the token."""
+    if mask_token is None:
+        raise UserError("`masked` was given without a `mask_token`. The method's network owns one of D values.")
+    if masked.dtype != torch.bool:
+        chosen = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
+        masked = chosen.scatter(1, masked, True)
+    if masked.shape != patches.shape[:2]:
+        raise UserError(f"masked is {tuple(masked.shape)}, the pictures have {tuple(patches.shape[:2])} patches.")
+    return torch.where(masked[..., None], mask_token.reshape(1, 1, -1).to(patches.dtype), patches)
+
+
+def visible_rope(sequence: Tensor, rope: Tensor, visible: Tensor, per_block: bool) -> Tensor:
+    """Rotary positions of the visible patches: (N, d) -> (B, 1, n, d), or per block and head,
+    (blocks, heads, N, d) -> (blocks, B, heads, n, d)."""
+    chosen = apply_keep_indices_nlc(sequence, rope, visible)
+    return chosen.transpose(0, 1) if per_block else chosen[:, None]
+
+
+def block_and_mlp(block: nn.Module, sequence: Tensor, place: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A block's output, and its MLP's before layer scale, drop path and the residual sum."""
+    if getattr(block, "_compiled_call_impl", None) is not None:
+        raise UserError("the MLP output of a compiled block cannot be tapped. Leave this backbone uncompiled.")
+    seen: list[Tensor] = []
+    hook = block.mlp.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    try:
+        return block(sequence, **place), seen[0]
+    finally:
+        hook.remove()
+
+
+def round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
