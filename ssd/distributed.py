@@ -1,0 +1,67 @@
+"""The few reductions over ranks that methods need, correct on one process too.
+
+Nothing else in the project asks whether a process group exists.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Elementwise sum; a new tensor on every rank. Not differentiable."""
+    total = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """Elementwise maximum; a new tensor on every rank. Not differentiable."""
+    largest = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def mean_of_rows(rows: Tensor) -> Tensor:
+    """Mean over dim 0 of the rows of all ranks together, float32; ranks may hold unequal numbers of rows.
+
+    (n, K) -> (K,). One reduction of K + 1 numbers.
+    """
+    count = rows.new_full((1,), len(rows), dtype=torch.float32)
+    total = sum_over_ranks(torch.cat([rows.sum(0, dtype=torch.float32), count]))
+    return total[:-1] / total[-1]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks, in rank order, on every rank; ranks may hold unequal numbers of rows. (n, ...) -> (sum n, ...)"""
+    if world_size() == 1:
+        return rows
+    counts = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
+    largest = int(max(counts))
+    padded = rows.new_zeros((largest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

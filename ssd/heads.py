@@ -1,0 +1,128 @@
+"""Heads, and `Branch`: backbone and head as the one network that a step runs."""
+
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ssd.backbones.base import Backbone
+from ssd.batch import Scores
+from ssd.errors import UserError
+
+
+class WeightNorm(torch.autograd.Function):
+    """Row k of v at unit length, times gain g_k: exact, in two passes over the K x d weight each way.
+
+    v (K, d), g (K, 1) -> (K, d). With u = v / |v|: dL/dg = <dw, u> and dL/dv = g / |v| (dw - <dw, u> u)
+    (Salimans and Kingma 2016, eq. 3). Autograd through a division by the norm costs several times more.
+    """
+
+    @staticmethod
+    def forward(ctx, direction: Tensor, gain: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+        ctx.save_for_backward(direction, gain, norm)
+        return direction * (gain / norm)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        direction, gain, norm = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, direction).unsqueeze(1) / norm
+        grad_direction = torch.addcmul(grad, direction, along / norm, value=-1).mul_(gain / norm)
+        return grad_direction, along if ctx.needs_input_grad[1] else None
+
+
+class Prototypes(nn.Module):
+    """K directions of length d with a gain each: a bias-free linear layer under weight normalisation.
+
+    Args:
+        train_gain: False holds every gain at 1, so that logits are cosines in [-1, 1] (`norm_last_layer`
+            in the published code); True lets gains learn: better for ViT-S, unstable for larger models.
+    """
+
+    def __init__(self, dim: int, num_prototypes: int, train_gain: bool = False):
+        super().__init__()
+        if num_prototypes < 1:
+            raise UserError(
+                f"num_prototypes: {num_prototypes} is not a positive count. The published value is 65536; "
+                "1024 suits fewer than 20,000 pictures."
+            )
+        self.weight_v = nn.Parameter(nn.Linear(dim, num_prototypes, bias=False).weight.detach())
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=train_gain)
+
+    def forward(self) -> Tensor:
+        """(K, d), rows of length g_k."""
+        return WeightNorm.apply(self.weight_v, self.weight_g)
+
+
+class PrototypeHead(nn.Module):
+    """MLP to a bottleneck, unit length there, then prototypes: the head of DINO, iBOT and DINOv2.
+
+    Caron et al. 2021, appendix C. Linear weights are normal with deviation .02, biases 0. Without the
+    bottleneck's unit length, three layers or more collapse in the published ablation.
+
+    Args:
+        in_dim: width of the features that come in.
+        num_prototypes: K.
+        hidden_dim, bottleneck_dim: widths of the MLP and of the features compared with prototypes, d.
+        num_layers: linear layers before the prototypes, the bottleneck included.
+        batch_norm: after each hidden layer; as published for ResNet-50, and much better on small data.
+        train_gain: see `Prototypes`.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_prototypes: int,
+        *,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        num_layers: int = 3,
+        batch_norm: bool = False,
+        train_gain: bool = False,
+    ):
+        super().__init__()
+        if num_layers < 1:
+            raise UserError(f"head_layers: {num_layers} is not a positive count. The published value is 3.")
+        widths = [in_dim] + [hidden_dim] * (num_layers - 1) + [bottleneck_dim]
+        layers: list[nn.Module] = []
+        for i, (width_in, width_out) in enumerate(zip(widths, widths[1:], strict=False)):
+            last = i == num_layers - 1
+            linear = nn.Linear(width_in, width_out)
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+            layers.append(linear)
+            if not last:
+                layers += [nn.BatchNorm1d(width_out)] if batch_norm else []
+                layers.append(nn.GELU())
+        self.mlp = nn.Sequential(*layers)
+        self.last_layer = Prototypes(bottleneck_dim, num_prototypes, train_gain)
+
+    def forward(self, features: Tensor) -> Scores:
+        """(..., D) -> Scores with features (..., d) of unit length and prototypes (K, d)."""
+        bottleneck = self.mlp(features.flatten(0, -2)).float()
+        bottleneck = F.normalize(bottleneck, dim=-1)
+        return Scores(bottleneck.unflatten(0, features.shape[:-1]), self.last_layer())
+
+
+class Branch(nn.Module):
+    """Backbone and head as one network, called once a step with all views it is to see.
+
+    Neighbouring views of one size go through the backbone together, view-major; the head sees all at once.
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, views: dict[str, Tensor]) -> Scores:
+        """name -> (V, B, C, H, W) -> the head's answer for (S, B, D), S counting views in the order given."""
+        features = []
+        for _, same_size in groupby(views.values(), key=lambda pictures: pictures.shape[2:]):
+            pictures = torch.cat(list(same_size))
+            pooled = self.backbone(pictures.flatten(0, 1)).pooled()
+            features.append(pooled.unflatten(0, pictures.shape[:2]))
+        return self.head(torch.cat(features))

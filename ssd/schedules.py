@@ -1,0 +1,107 @@
+"""A value over time. Any scalar setting of a method accepts a number or a schedule.
+
+Schedules are frozen values without a counter: progress comes in, so resuming needs nothing.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from ssd.errors import UserError
+
+Length = float | str
+"""A share of the run in [0, 1], or a count with its unit: `"10 epochs"`, `"500 steps"`."""
+
+
+def in_steps(length: Length, total: int, steps_per_epoch: int) -> int:
+    """A length in optimiser steps. Raises UserError for a share outside [0, 1] or an unknown unit."""
+    if isinstance(length, str):
+        count, _, unit = length.strip().partition(" ")
+        scale = {"epoch": steps_per_epoch, "epochs": steps_per_epoch, "step": 1, "steps": 1}.get(unit.strip())
+        try:
+            if scale is not None and float(count) >= 0:
+                return round(float(count) * scale)
+        except ValueError:
+            pass
+        raise UserError(f"length '{length}' is not understood. Write a share of the run (0.1), '10 epochs' or '500 steps'.")
+    if not 0 <= length <= 1:
+        raise UserError(
+            f"length {length} is not a share of the run in [0, 1]. For a count write its unit: '{length:g} epochs'."
+        )
+    return round(length * total)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What all schedules share: a start, an end, and a clock that ticks every step or every epoch.
+
+    Args:
+        start: value at the beginning (for `Cosine` with a warm-up: the peak).
+        end: value that is approached or reached.
+        every: "step" moves always; "epoch" gives the staircase of recipes written per epoch.
+    """
+
+    start: float
+    end: float
+
+    def value(self, step: int, total: int, steps_per_epoch: int) -> float:
+        """The value in force during optimiser step `step` (from 0) of `total`."""
+        if self.every == "epoch":
+            step, epochs = step // steps_per_epoch, math.ceil(total / steps_per_epoch)
+            return self._value(step, epochs, lambda length: round(in_steps(length, total, steps_per_epoch) / steps_per_epoch))
+        return self._value(step, total, lambda length: in_steps(length, total, steps_per_epoch))
+
+    def scaled(self, factor: float) -> "Schedule":
+        """The same shape with the start (the peak) multiplied; the end is a floor and stays."""
+        return replace(self, start=self.start * factor)
+
+    def __post_init__(self):
+        if self.every not in ("step", "epoch"):
+            raise UserError(f"every: '{self.every}' is not a clock. Use 'step' or 'epoch'.")
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """From `start` to `end` in equal steps, both included, over the first `until`; then `end`.
+
+    Args:
+        until: how long the way takes, a share of the run or a count with its unit.
+    """
+
+    until: Length = 1.0
+    every: str = "step"
+
+    def _value(self, tick, ticks, length_in_ticks):
+        way = length_in_ticks(self.until)
+        if tick >= way:
+            return self.end
+        return self.start + (self.end - self.start) * tick / max(way - 1, 1)
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """A linear rise from `warmup_start` to `start` over `warmup`, both ends included, then half a cosine to `end`.
+
+    Over the n ticks after the warm-up: end + (start - end) (1 + cos(pi i / n)) / 2 for i = 0 .. n - 1, so
+    `start` occurs twice where there is a warm-up and `end` is approached, never reached (Caron et al.
+    2021, released schedules).
+
+    Args:
+        warmup: length of the rise, a share of the run or a count with its unit.
+    """
+
+    warmup: Length = 0.0
+    warmup_start: float = 0.0
+    every: str = "step"
+
+    def _value(self, tick, ticks, length_in_ticks):
+        rise = length_in_ticks(self.warmup)
+        if tick < rise:
+            return self.warmup_start + (self.start - self.warmup_start) * tick / max(rise - 1, 1)
+        if tick >= ticks:
+            return self.end
+        return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * (tick - rise) / (ticks - rise)))
+
+
+def value_at(setting: float | Schedule, step: int, total: int, steps_per_epoch: int) -> float:
+    """A plain number is its own value at any time."""
+    return setting.value(step, total, steps_per_epoch) if isinstance(setting, Schedule) else setting

@@ -1,0 +1,84 @@
+"""Networks that give targets: never in the optimiser, never with gradients, always in the mode they need.
+
+A teacher is called like the student. Its mode while the module trains is set when it is built and
+survives `train()` of whatever holds it; in evaluation it evaluates like everything else.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ssd.backbones.base import set_drop_path_zero
+from ssd.errors import UserError
+
+
+class Teacher(nn.Module):
+    """A network without gradients, without drop path and dropout.
+
+    Args:
+        network: what answers; owned by the teacher, so pass a copy.
+        trains: whether normalisation layers use and gather batch statistics while the module trains.
+
+    Attributes:
+        follows: whether the teacher comes nearer to the student as it trains, so that it is what to export.
+    """
+
+    follows = False
+
+    def __init__(self, network: nn.Module, trains: bool):
+        super().__init__()
+        self.trains = trains
+        self.network = network.requires_grad_(False)
+        set_drop_path_zero(self.network)
+        self.train(self.training)
+
+    def forward(self, *args, **kwargs):
+        with torch.no_grad():
+            return self.network(*args, **kwargs)
+
+    def train(self, mode: bool = True):
+        return super().train(mode and self.trains)
+
+
+class EMA(Teacher):
+    """An exponential moving average of the student, starting as its copy. Tarvainen and Valpola 2017.
+
+    Args:
+        student: the network to follow.
+        buffers: what becomes of batch-norm statistics. "own": the teacher normalises by batch and gathers
+            its own (DINO, MOKD); "average": they are averaged like parameters and the teacher evaluates.
+    """
+
+    follows = True
+
+    def __init__(self, student: nn.Module, buffers: str = "own"):
+        if buffers not in ("own", "average"):
+            raise UserError(f"buffers: '{buffers}' is not a policy. Use 'own' or 'average'.")
+        super().__init__(copy.deepcopy(student), trains=buffers == "own")
+        self.buffers_policy = buffers
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, momentum: float) -> None:
+        """teacher <- m teacher + (1 - m) student for every parameter, in one fused call.
+
+        Matched by name: the student may hold more (a mask token), never less.
+        """
+        theirs = dict(student.named_parameters())
+        mine = dict(self.network.named_parameters())
+        if self.buffers_policy == "average":
+            theirs |= {name: buffer for name, buffer in student.named_buffers() if buffer.is_floating_point()}
+            mine |= {name: buffer for name, buffer in self.network.named_buffers() if buffer.is_floating_point()}
+        olds: list[Tensor] = list(mine.values())
+        news: list[Tensor] = [theirs[name].detach() for name in mine]
+        torch._foreach_lerp_(olds, news, 1 - momentum)
+
+
+class Frozen(Teacher):
+    """A network that never changes: a random one, a public one, or an earlier stage's student."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__(network, trains=False)
+
+    def update(self, student: nn.Module, momentum: float) -> None:
+        """Nothing: it is frozen."""
