@@ -171,7 +171,7 @@ def create(name: str, kwargs: dict[str, Any], arguments: dict[str, Any] | None) 
         raise UserError(f"name '{name}' has a tag, which names weights. Use name: {bare} and weights: timm:{tag}.")
     own = sorted(set(arguments or {}) & {"in_chans", "img_size", "drop_path_rate", "num_classes", "pretrained"})
     if own:
-        raise UserError(f"arguments of '{name}' contain {', '.join(own)}, which the backbone itself sets or takes by name.")
+        raise UserError(f"arguments of '{name}' contain {', '.join(own)}, which the backbone sets or takes by name.")
     try:
         return timm.create_model(name, **kwargs, **(arguments or {}))
     except (TypeError, AssertionError, ValueError, KeyError) as error:

@@ -101,8 +101,8 @@ class ConvNet(Backbone):
         taps: Sequence[int | str] = (),
         until: int | None = None,
     ) -> Tokens:
-        asked = {"masked": masked is not None, "visible": visible is not None, "taps": bool(taps), "until": until is not None}
-        self.require(*(ability for ability, wanted in asked.items() if wanted), by="this forward")
+        asked = {"masked": masked, "visible": visible, "taps": taps or None, "until": until}
+        self.require(*(ability for ability, value in asked.items() if value is not None), by="this forward")
         self.check_input(x)
         self.use_fitting_attention(x)
         x = self.padded(x)
@@ -141,7 +141,8 @@ class ConvNet(Backbone):
 
     def channels_last(self, features: Tensor) -> Tensor:
         if features.ndim != 4:
-            raise UserError(f"'{self.name}' answers features of shape {tuple(features.shape)}, not a map. Use another network.")
+            shape = tuple(features.shape)
+            raise UserError(f"'{self.name}' answers features of shape {shape}, not a map. Use another network.")
         return features if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else features.permute(0, 2, 3, 1)
 
     def instead(self, ability: str) -> str:

@@ -13,7 +13,6 @@ from ssd.backbones.base import Backbone, create, say_padding, tap_names
 from ssd.batch import Tokens
 from ssd.errors import UserError
 
-
 FAMILIES = {"vision_transformer", "deit", "eva"}    # timm's own modules
 
 
@@ -66,13 +65,14 @@ class ViT(Backbone):
         model.global_pool = "avg" if model.cls_token is None else "token"
         self.model = model
         self.rotary = isinstance(model, Eva)
-        self.kwargs = {
-            **kwargs, "global_pool": model.global_pool, "use_fc_norm" if self.rotary else "fc_norm": False, **arguments
-        }
-        if any(side % patch for side, patch in zip(model.patch_embed.img_size, model.patch_embed.patch_size, strict=True)):
+        norm_after_pooling = "use_fc_norm" if self.rotary else "fc_norm"
+        self.kwargs = {**kwargs, "global_pool": model.global_pool, norm_after_pooling: False, **arguments}
+        size = model.patch_embed.img_size
+        fitting = tuple(-(-side // patch) * patch for side, patch in zip(size, self.patch, strict=True))
+        if size != fitting:
             raise UserError(
                 f"img_size {img_size} of '{name}' is not a multiple of its patches of {self.patch_size} px. "
-                f"Use a multiple, for instance {[round_up(s, p) for s, p in zip(model.patch_embed.img_size, self.patch, strict=True)]}."
+                f"Use a multiple, for instance {list(fitting)}."
             )
         self.attention = self.find_attention()
         self.padding_said = False
@@ -203,7 +203,3 @@ def block_and_mlp(block: nn.Module, sequence: Tensor, place: dict[str, Any]) -> 
         return block(sequence, **place), seen[0]
     finally:
         hook.remove()
-
-
-def round_up(size: int, step: int) -> int:
-    return -(-size // step) * step

@@ -1,0 +1,343 @@
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from ssd.backbones.base import set_drop_path_zero
+from ssd.backbones.vit import ViT
+from ssd.errors import UserError
+from ssd.record import build, describe
+
+TINY = {"depth": 3, "embed_dim": 24, "num_heads": 2}
+NAMES = [
+    "vit_tiny_patch16_224",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_medium_patch16_gap_240",       # no class token
+    "vit_base_patch16_clip_224",        # a norm before the blocks
+    "vit_small_patch16_dinov3",         # rotary positions and registers
+    "vit_small_patch16_rope_mixed_224", # rotary positions of each block and head
+    "eva02_tiny_patch14_224",           # learned and rotary positions
+]
+
+
+def vit(name: str = "vit_tiny_patch16_224", **settings) -> ViT:
+    torch.manual_seed(0)
+    backbone = ViT(name, arguments={**TINY, **settings.pop("arguments", {})}, **settings).eval()
+    with torch.no_grad():
+        for parameter in backbone.parameters():     # timm's zeros and tiny scales would hide mistakes
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return backbone
+
+
+def pictures(backbone: ViT, rows: int = 3, columns: int = 4, batch: int = 2, seed: int = 1) -> Tensor:
+    size = (rows * backbone.patch[0], columns * backbone.patch[1])
+    return torch.randn(batch, backbone.in_chans, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def some_visible(batch: int, tokens: int, count: int, seed: int = 2) -> Tensor:
+    order = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    return order[:, :count].sort(1).values
+
+
+def plain_vit(
+    backbone: ViT, x: Tensor, masked: Tensor | None, token: Tensor | None, visible: Tensor | None, until: int
+) -> Tensor:
+    """A pre-norm ViT with a class token written out from its state dict. All tokens, (B, 1 + n, D)."""
+    w, width, heads = backbone.model.state_dict(), backbone.embed_dim, 2
+    patch = backbone.patch_size
+    pixels = x.unfold(2, patch, patch).unfold(3, patch, patch)              # (B, C, h, w, p, p)
+    grid = pixels.shape[2:4]
+    pixels = pixels.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)      # (B, N, C p p)
+    patches = pixels @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]
+    if masked is not None:
+        patches = patches.clone()
+        patches[masked] = token
+    pos = resample_abs_pos_embed(w["pos_embed"], new_size=list(grid))
+    patches = patches + pos[:, 1:]
+    if visible is not None:
+        patches = torch.stack([patches[b, visible[b]] for b in range(len(x))])
+    z = torch.cat([(w["cls_token"] + pos[:, :1]).expand(len(x), -1, -1), patches], 1)
+
+    def norm(y: Tensor, key: str) -> Tensor:
+        return F.layer_norm(y, (width,), w[f"{key}.weight"], w[f"{key}.bias"], eps=1e-6)
+
+    for i in range(until):
+        key = f"blocks.{i}"
+        qkv = norm(z, f"{key}.norm1") @ w[f"{key}.attn.qkv.weight"].T + w[f"{key}.attn.qkv.bias"]
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+        mixed = ((q @ k.mT) / math.sqrt(width // heads)).softmax(-1) @ v
+        z = z + mixed.transpose(1, 2).flatten(2) @ w[f"{key}.attn.proj.weight"].T + w[f"{key}.attn.proj.bias"]
+        hidden = F.gelu(norm(z, f"{key}.norm2") @ w[f"{key}.mlp.fc1.weight"].T + w[f"{key}.mlp.fc1.bias"])
+        z = z + hidden @ w[f"{key}.mlp.fc2.weight"].T + w[f"{key}.mlp.fc2.bias"]
+    return norm(z, "norm")
+
+
+@pytest.mark.parametrize("until", [1, 3])
+@pytest.mark.parametrize("with_visible", [False, True])
+@pytest.mark.parametrize("with_masked", [False, True])
+def test_agrees_with_a_plain_statement_of_the_equations(with_masked, with_visible, until):
+    """Covers where the mask token enters (before positions), what `visible` leaves, where `until` stops."""
+    backbone = vit(img_size=96)
+    x, token = pictures(backbone), torch.randn(1, 24)
+    masked = torch.rand(2, 12) < 0.4 if with_masked else None
+    visible = some_visible(2, 12, 5) if with_visible else None
+    tokens = backbone(x, masked=masked, mask_token=token, visible=visible, until=until)
+    expected = plain_vit(backbone, x, masked, token, visible, until)
+    assert_close(tokens.cls, expected[:, 0], atol=1e-4, rtol=1e-4)
+    assert_close(tokens.patches, expected[:, 1:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_what_timm_answers(name):
+    backbone = vit(name)
+    x = pictures(backbone)
+    tokens = backbone(x)
+    assert_close(tokens.pooled(), backbone.model(x))
+    cls = None if tokens.cls is None else tokens.cls[:, None]
+    parts = [part for part in (cls, tokens.registers, tokens.patches) if part is not None]
+    assert_close(torch.cat(parts, 1), backbone.model.forward_features(x))
+    assert tokens.grid == backbone.grid(*x.shape[-2:]) == (3, 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_visible_patches_see_only_each_other(name):
+    """The same as the whole sequence with every key outside `visible` hidden from attention, which keeps
+    positions where they were, learned and rotary alike."""
+    backbone = vit(name)
+    x, visible = pictures(backbone), some_visible(2, 12, 5)
+    tokens = backbone(x, visible=visible)
+    model, prefix = backbone.model, backbone.num_prefix
+    _, sequence, rope = backbone.embed(x, None, None, None)
+    shown = torch.zeros(2, 12, dtype=torch.bool).scatter(1, visible, True)
+    keys = torch.cat([torch.ones(2, prefix, dtype=torch.bool), shown], 1)[:, None, None]
+    for number, block in enumerate(backbone.blocks):
+        place = {"rope": rope[number] if model.rope_mixed else rope} if backbone.rotary else {}
+        sequence = block(sequence, attn_mask=keys, **place)
+    sequence = model.norm(sequence)
+    expected = sequence[:, prefix:].gather(1, visible[..., None].expand(-1, -1, 24))
+    assert_close(tokens.patches, expected, atol=1e-4, rtol=1e-4)
+    if tokens.cls is not None:
+        assert_close(tokens.cls, sequence[:, 0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pixels_that_are_not_visible_change_nothing(name):
+    backbone = vit(name)
+    x, visible = pictures(backbone), some_visible(2, 12, 5)
+    patch = backbone.patch_size
+    shown = torch.zeros(2, 12, dtype=torch.bool).scatter(1, visible, True).unflatten(1, (3, 4))
+    shown = shown.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None]
+    other = torch.where(shown, x, torch.full_like(x, float("nan")))
+    assert_close(backbone(other, visible=visible).patches, backbone(x, visible=visible).patches, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pixels_that_are_masked_change_nothing_and_indices_are_the_boolean_form(name):
+    backbone = vit(name)
+    x, hidden, token = pictures(backbone), some_visible(2, 12, 5), torch.randn(24)
+    boolean = torch.zeros(2, 12, dtype=torch.bool).scatter(1, hidden, True)
+    tokens = backbone(x, masked=boolean, mask_token=token)
+    assert_close(backbone(x, masked=hidden, mask_token=token).patches, tokens.patches, atol=0, rtol=0)
+    patch = backbone.patch_size
+    gone = boolean.unflatten(1, (3, 4)).repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None]
+    assert_close(backbone(x.masked_fill(gone, 7.0), masked=boolean, mask_token=token).patches, tokens.patches)
+    assert not torch.allclose(backbone(x).patches, tokens.patches)
+
+
+def test_the_mask_token_learns_and_masked_places_keep_their_positions():
+    backbone, token = vit(), nn.Parameter(torch.randn(1, 24))
+    x, everything = pictures(backbone), torch.ones(2, 12, dtype=torch.bool)
+    tokens = backbone(x, masked=everything, mask_token=token)
+    assert_close(tokens.patches[0], tokens.patches[1])          # nothing of the pictures is left
+    assert tokens.patches[0].std(0).min() > 1e-3                # but the places still differ
+    tokens.patches.square().sum().backward()
+    assert token.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_early_stop_is_the_tap_of_the_whole_forward_after_the_final_norm(name):
+    backbone = vit(name)
+    x = pictures(backbone)
+    whole = backbone(x, taps=(1, "block2", 3, "block2.mlp"))
+    assert sorted(whole.taps) == ["block1", "block2", "block2.mlp", "block3"]
+    for until in (1, 2, 3):
+        early = backbone(x, until=until)
+        normed = backbone.model.norm(whole.taps[f"block{until}"])
+        assert_close(early.patches, normed[:, backbone.num_prefix :], atol=0, rtol=0)
+    assert_close(backbone(x).patches, whole.patches, atol=0, rtol=0)
+
+
+def test_the_mlp_tap_is_what_the_block_adds_before_its_scale():
+    backbone = vit("vit_small_patch14_reg4_dinov2")
+    block = backbone.blocks[1]
+    x = pictures(backbone)
+    taps = backbone(x, taps=("block1", "block2", "block2.mlp")).taps
+    middle = taps["block1"] + block.ls1(block.attn(block.norm1(taps["block1"])))
+    assert_close(taps["block2"], middle + block.ls2(taps["block2.mlp"]))
+    assert_close(taps["block2.mlp"], block.mlp(block.norm2(middle)))
+    assert not block.mlp._forward_hooks
+
+
+def test_early_stop_does_not_run_the_later_blocks():
+    backbone = vit()
+    backbone.blocks[2].forward = None
+    backbone(pictures(backbone), until=2)
+
+
+def test_registers_are_returned_between_class_token_and_patches():
+    backbone = vit("vit_small_patch14_reg4_dinov2")
+    x = pictures(backbone)
+    tokens = backbone(x)
+    assert_close(tokens.registers, backbone.model.forward_features(x)[:, 1:5])
+    assert vit()(pictures(vit())).registers is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_crop_sizes_with_one_network_are_two_separate_forwards(name):
+    """Nothing of one size (positions, rotary cache) leaks into the next."""
+    backbone = vit(name)
+    large, small = pictures(backbone, 4, 4), pictures(backbone, 2, 2)
+    first, second, again = backbone(large), backbone(small), backbone(large)
+    assert_close(again.patches, first.patches, atol=0, rtol=0)
+    fresh = vit(name)
+    assert_close(fresh(small).patches, second.patches, atol=0, rtol=0)
+    assert second.grid == (2, 2)
+
+
+def test_positions_of_another_size_are_resized_and_learn():
+    backbone = vit(img_size=224)
+    tokens = backbone(torch.randn(1, 3, 96, 96))
+    assert tokens.grid == (6, 6)
+    tokens.patches.square().sum().backward()
+    assert backbone.model.pos_embed.grad.abs().sum(-1).min() > 0
+
+
+def test_padding_is_zeros_at_the_right_and_bottom_and_is_said_once():
+    backbone = vit()
+    x = torch.randn(1, 3, 30, 33)
+    with pytest.warns(UserWarning, match="30 x 33"):
+        tokens = backbone(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone(x)
+    assert tokens.grid == backbone.grid(30, 33) == (2, 3)
+    assert_close(tokens.patches, backbone(F.pad(x, (0, 15, 0, 2))).patches)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_any_number_of_channels(channels):
+    backbone = vit(in_chans=channels)
+    x = pictures(backbone)
+    x.requires_grad_()
+    backbone(x).pooled().square().sum().backward()
+    assert (x.grad.abs().amax((0, 2, 3)) > 0).all()
+    with pytest.raises(UserError, match=f"{channels} channels.*in_chans"):
+        backbone(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_gets_a_gradient(name):
+    backbone = vit(name).train()
+    tokens = backbone(pictures(backbone))
+    (tokens.pooled().square().sum() + tokens.patches.square().sum()).backward()
+    assert [key for key, p in backbone.named_parameters() if p.grad is None] == []
+
+
+def test_bfloat16_on_the_cpu_uses_plain_attention_and_float32_the_fused_one(monkeypatch):
+    calls = []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    for backbone in (vit(), vit("vit_small_patch16_dinov3")):
+        x = pictures(backbone)
+        exact = backbone(x).patches
+        assert len(calls) == 3
+        with torch.autocast("cpu", torch.bfloat16):
+            half = backbone(x).patches
+        assert len(calls) == 3
+        assert_close(half.float(), exact, atol=0.1, rtol=0.1)   # bfloat16 keeps 8 bits
+        backbone(x)
+        assert len(calls) == 6
+        backbone.to(torch.bfloat16)(x.bfloat16())
+        assert len(calls) == 6
+        calls.clear()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_compiles_without_a_graph_break(name):
+    backbone = vit(name)
+    x, visible, token = pictures(backbone), some_visible(2, 12, 5), torch.randn(24)
+
+    def answer(x, visible, token):
+        whole = backbone(x, masked=visible, mask_token=token, taps=(2,))
+        return whole.patches, whole.taps["block2"], backbone(x, visible=visible, until=2).patches
+
+    expected = answer(x, visible, token)
+    compiled = torch.compile(answer, fullgraph=True, backend="eager")
+    for ours, plain in zip(compiled(x, visible, token), expected, strict=True):
+        assert_close(ours, plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(x, visible, token)
+    torch._dynamo.reset()
+
+
+def test_without_its_drops_a_network_in_train_mode_is_the_one_in_eval_mode():
+    settings = {"proj_drop_rate": 0.3, "attn_drop_rate": 0.3, "pos_drop_rate": 0.3}
+    backbone = vit(drop_path_rate=0.5, arguments=settings)
+    x = pictures(backbone)
+    expected = backbone(x).patches
+    backbone.train()
+    assert not torch.allclose(backbone(x).patches, expected)
+    set_drop_path_zero(backbone)
+    assert_close(backbone(x).patches, expected)
+
+
+def test_the_state_dict_is_plain_timm_and_a_record_rebuilds_the_network():
+    backbone = ViT("vit_tiny_patch16_224", in_chans=1, img_size=(32, 48), drop_path_rate=0.1, arguments=TINY)
+    again = build(describe(backbone))
+    again.load_state_dict(backbone.state_dict())
+    x = torch.randn(1, 1, 32, 48)
+    assert_close(again.eval()(x).patches, backbone.eval()(x).patches)
+    assert all(key.startswith("model.") for key in backbone.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "vit_smal_patch16_224"}, "vit_small_patch16_224"),
+        ({"name": "resnet50"}, "ConvNet"),
+        ({"name": "deit_tiny_distilled_patch16_224"}, "distillation"),
+        ({"name": "vit_small_patch16_224.augreg_in21k"}, "weights: timm:augreg_in21k"),
+        ({"img_size": 100}, r"100.*16 px.*112"),
+        ({"in_chans": 0}, "in_chans is 0"),
+        ({"drop_path_rate": 1.5}, "drop_path_rate is 1.5"),
+        ({"arguments": {"widths": 3}}, "widths"),
+        ({"arguments": {"in_chans": 3}}, "takes by name"),
+        ({"arguments": {"patch_drop_rate": 0.5}}, "visible"),
+    ],
+)
+def test_impossible_settings_are_refused_when_built(settings, message):
+    with pytest.raises(UserError, match=message):
+        ViT(**settings)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"until": 0}, "1 to 3"),
+        ({"until": 4}, "1 to 3"),
+        ({"taps": (4,)}, "block4.*1 to 3"),
+        ({"taps": (3,), "until": 2}, "stops after block 2"),
+        ({"taps": ("norm",)}, "norm"),
+        ({"masked": torch.zeros(2, 12, dtype=torch.bool)}, "mask_token"),
+        ({"masked": torch.zeros(2, 9, dtype=torch.bool), "mask_token": torch.zeros(24)}, r"\(2, 9\).*\(2, 12\)"),
+    ],
+)
+def test_impossible_questions_are_refused(asked, message):
+    backbone = vit()
+    with pytest.raises(UserError, match=message):
+        backbone(pictures(backbone), **asked)
