@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ssd.batch import Tokens
+from ssd.errors import UserError
+from ssd.heads import Branch, PrototypeHead, Prototypes, WeightNorm
+
+
+def test_prototypes_are_torch_weight_norm_and_so_are_their_gradients():
+    torch.manual_seed(0)
+    ours = Prototypes(8, 32, train_gain=True)
+    ours.weight_g.data.uniform_(0.5, 2)
+    reference = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(8, 32, bias=False), dim=0)
+    reference.parametrizations.weight.original0.data.copy_(ours.weight_g)
+    reference.parametrizations.weight.original1.data.copy_(ours.weight_v)
+    x, upstream = torch.randn(5, 8), torch.randn(5, 32)
+    assert_close(x @ ours().T, reference(x))
+    (x @ ours().T * upstream).sum().backward()
+    (reference(x) * upstream).sum().backward()
+    assert_close(ours.weight_g.grad, reference.parametrizations.weight.original0.grad)
+    assert_close(ours.weight_v.grad, reference.parametrizations.weight.original1.grad)
+
+
+def test_weight_norm_gradients_equal_finite_differences():
+    ours = Prototypes(3, 4, train_gain=True).double()
+    assert torch.autograd.gradcheck(WeightNorm.apply, (ours.weight_v, ours.weight_g))
+
+
+def test_with_gains_held_at_one_logits_are_cosines():
+    head = PrototypeHead(12, 64, hidden_dim=32, bottleneck_dim=8)
+    logits = head(torch.randn(3, 5, 12) * 100).logits()
+    assert logits.abs().max() <= 1 + 1e-5
+    assert not head.last_layer.weight_g.requires_grad
+    assert_close(head.last_layer().norm(dim=1), torch.ones(64))
+
+
+def test_initial_weights_of_the_mlp_have_the_published_deviation():
+    head = PrototypeHead(512, 16, hidden_dim=512, bottleneck_dim=64)
+    for name, parameter in head.mlp.named_parameters():
+        if name.endswith("weight"):
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.02)
+        else:
+            assert not parameter.any()
+
+
+class Mean(torch.nn.Module):
+    """A backbone whose features are channel means, and which counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return Tokens(patches=x.flatten(2).mean(2)[:, None], grid=(1, 1))
+
+
+class Keep(torch.nn.Module):
+    def forward(self, features):
+        return features
+
+
+def test_a_branch_answers_views_in_their_order_with_one_pass_a_size():
+    branch = Branch(Mean(), Keep())
+    views = {"global": torch.randn(2, 3, 4, 8, 8), "local": torch.randn(5, 3, 4, 4, 4), "more": torch.randn(1, 3, 4, 4, 4)}
+    features = branch(views)
+    expected = torch.cat([v.mean((3, 4)) for v in views.values()])
+    assert_close(features, expected)
+    assert branch.backbone.calls == 2
+
+
+def test_no_prototypes_is_refused():
+    with pytest.raises(UserError, match="num_prototypes: 0"):
+        PrototypeHead(8, 0)

@@ -1,0 +1,57 @@
+import math
+
+import pytest
+
+from ssd.errors import UserError
+from ssd.schedules import Cosine, Linear, in_steps, value_at
+
+
+def values(schedule, total, steps_per_epoch=1):
+    return [schedule.value(step, total, steps_per_epoch) for step in range(total)]
+
+
+def test_learning_rate_of_the_card():
+    """Base 1, floor 0, 10 steps, 4 of warm-up: the peak occurs twice and the floor never."""
+    expected = [0, 1 / 3, 2 / 3, 1, 1, 0.9330, 0.75, 0.5, 0.25, 0.0670]
+    assert values(Cosine(1.0, 0.0, warmup="4 steps"), 10) == pytest.approx(expected, abs=5e-5)
+
+
+def test_momentum_of_the_card():
+    momentum = Cosine(0.996, 1.0)
+    found = [momentum.value(step, 1000, 10) for step in (0, 250, 500, 999)]
+    assert found == pytest.approx([0.996, 0.99658579, 0.998, 0.99999999], abs=5e-9)
+
+
+def test_temperature_moves_once_an_epoch_and_includes_both_ends():
+    """linspace(.04, .07, 4) over 4 epochs of 5 steps, then .07."""
+    found = values(Linear(0.04, 0.07, until="4 epochs", every="epoch"), 30, steps_per_epoch=5)
+    assert found == pytest.approx([0.04] * 5 + [0.05] * 5 + [0.06] * 5 + [0.07] * 15)
+
+
+def test_a_warmup_longer_than_the_run_is_cut_off_by_its_end():
+    found = values(Linear(0.0, 1.0, until="100 steps"), 10)
+    assert found == pytest.approx([i / 99 for i in range(10)])
+
+
+def test_a_share_keeps_its_shape_when_the_run_gets_longer():
+    short, long = Cosine(1.0, 0.0, warmup=0.1), Cosine(1.0, 0.0, warmup=0.1)
+    assert short.value(500, 1000, 10) == pytest.approx(long.value(5000, 10_000, 10), abs=2e-3)
+
+
+def test_scaling_moves_the_peak_and_not_the_floor():
+    scaled = Cosine(5e-4, 1e-6, warmup=0.1).scaled(4)
+    assert scaled.start == 2e-3 and scaled.end == 1e-6
+
+
+def test_half_a_cosine_is_symmetric():
+    found = values(Cosine(1.0, 0.0), 1000)
+    for i in range(1, 500):
+        assert found[i] + found[1000 - i] == pytest.approx(1.0)
+    assert found[500] == pytest.approx(0.5)
+    assert math.isclose(value_at(0.3, 7, 10, 1), 0.3)
+
+
+@pytest.mark.parametrize("length", [1.5, -0.1, "10 parsecs", "epochs", "-3 steps"])
+def test_an_impossible_length_is_refused(length):
+    with pytest.raises(UserError, match="length"):
+        in_steps(length, 100, 10)

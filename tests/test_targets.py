@@ -1,0 +1,67 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from ssd.targets import Centering, sinkhorn_knopp
+
+
+def test_worked_example_of_centring():
+    """t = (.1, .02, -.04) at .04, before and after its own update at momentum .9."""
+    centering = Centering(3, momentum=0.9)
+    logits = torch.tensor([[[0.1, 0.02, -0.04]]])
+    assert_close(centering(logits, 0.04), torch.tensor([[[0.8580, 0.1161, 0.0259]]]), atol=5e-5, rtol=0)
+    centering.update(logits)
+    assert_close(centering.center, torch.tensor([0.010, 0.002, -0.004]))
+    assert_close(centering(logits, 0.04), torch.tensor([[[0.8277, 0.1368, 0.0355]]]), atol=5e-5, rtol=0)
+
+
+def test_reading_does_not_write():
+    centering = Centering(8)
+    centering(torch.randn(2, 4, 8), 0.04)
+    assert not centering.center.any()
+
+
+def test_sinkhorn_worked_examples():
+    t = torch.tensor([[0.1, 0.0], [0.1, 0.0], [0.0, 0.1]])
+    expected = torch.tensor([[0.6502, 0.3498], [0.6502, 0.3498], [0.2010, 0.7990]])
+    assert_close(sinkhorn_knopp(t, 0.1, 3), expected, atol=5e-5, rtol=0)
+
+    t = torch.tensor([[4.0, 1.0], [1.0, 1.0]]).log()
+    assert_close(sinkhorn_knopp(t, 1.0, 1), torch.tensor([[8 / 13, 5 / 13], [2 / 7, 5 / 7]]))
+    assert_close(sinkhorn_knopp(t, 1.0, 100), torch.tensor([[2 / 3, 1 / 3], [1 / 3, 2 / 3]]))
+
+
+def test_identical_rows_are_assigned_uniformly():
+    assert_close(sinkhorn_knopp(torch.tensor([[3.0, -1.0, 0.5]] * 4), 0.05, 3), torch.full((4, 3), 1 / 3))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(2, 16), st.integers(2, 16), st.floats(-5, 5), st.integers(0, 10_000))
+def test_sinkhorn_uses_every_prototype_alike_and_ignores_shifts(rows, num_prototypes, shift, seed):
+    t = torch.randn(rows, num_prototypes, generator=torch.Generator().manual_seed(seed))
+    probs = sinkhorn_knopp(t, 0.5, 200)
+    assert_close(probs.sum(1), torch.ones(rows))
+    assert_close(probs.sum(0), torch.full((num_prototypes,), rows / num_prototypes), atol=1e-3, rtol=0)
+    moved = t.clone()
+    moved[:, 0] += shift
+    moved[0] -= shift
+    assert_close(sinkhorn_knopp(moved, 0.5, 200), probs, atol=1e-3, rtol=0)
+
+
+def test_sinkhorn_survives_logits_that_overflow_exp():
+    t = torch.randn(6, 4)
+    t[:, 0] += 1000
+    probs = sinkhorn_knopp(t, 0.04, 3)
+    t[:, 0] -= 1000
+    # adding 1000 rounds the logits themselves to 6e-5, which / .04 is 1.5e-3
+    assert probs.isfinite().all()
+    assert_close(probs, sinkhorn_knopp(t, 0.04, 3), atol=5e-3, rtol=0)
+
+
+def test_groups_are_balanced_apart():
+    t = torch.randn(2, 5, 4)
+    together = sinkhorn_knopp(t, 0.1)
+    assert_close(together[0], sinkhorn_knopp(t[0], 0.1))
+    t[1] = t[1].flip(0)
+    assert_close(sinkhorn_knopp(t, 0.1)[0], together[0])

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from ssd.teachers import EMA, Frozen
+
+
+def network():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+
+
+def test_the_average_is_m_old_plus_one_minus_m_new():
+    student = network()
+    teacher = EMA(student)
+    old = [p.clone() for p in teacher.network.parameters()]
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn_like(p))
+    teacher.update(student, 0.9)
+    for before, after, new in zip(old, teacher.network.parameters(), student.parameters()):
+        assert_close(after, 0.9 * before + 0.1 * new)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.0])
+def test_momentum_one_is_frozen_and_zero_is_a_copy_to_the_bit(momentum):
+    student = network()
+    teacher = EMA(student)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.normal_()
+    before = [p.clone() for p in teacher.network.parameters()]
+    teacher.update(student, momentum)
+    wanted = before if momentum == 1 else list(student.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(teacher.network.parameters(), wanted))
+
+
+def test_batch_statistics_are_the_teachers_own_or_averaged_by_policy():
+    student = network()
+    own, average = EMA(student, buffers="own"), EMA(student, buffers="average")
+    for module in (student, own, average):
+        module.train()
+    x = torch.randn(16, 4) + 3
+    for module in (student, own, average):
+        module(x)
+    assert_close(own.network[1].running_mean, student[1].running_mean)
+    assert not average.network[1].running_mean.any(), "an averaging teacher evaluates, so it gathers nothing itself"
+    own.update(student, 0.5), average.update(student, 0.5)
+    assert_close(own.network[1].running_mean, student[1].running_mean)
+    assert_close(average.network[1].running_mean, 0.5 * student[1].running_mean)
+
+
+def test_a_teacher_is_no_source_of_gradients_or_noise():
+    student = network()
+    teacher = EMA(student).train()
+    x = torch.randn(8, 4, requires_grad=True)
+    assert not teacher(x).requires_grad
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert torch.equal(teacher(x), teacher(x))
+    assert student[2].p == 0.5 and teacher.network[2].p == 0
+
+
+def test_a_teacher_keeps_its_mode_whatever_its_holder_does():
+    holder = nn.ModuleDict({"own": EMA(network(), "own"), "average": EMA(network(), "average"), "frozen": Frozen(network())})
+    holder.train()
+    assert [holder[name].network.training for name in holder] == [True, False, False]
+    holder.eval()
+    assert not any(holder[name].network.training for name in holder)
+
+
+def test_a_student_may_hold_more_than_its_teacher():
+    student = network()
+    teacher = EMA(student)
+    student.register_parameter("mask_token", nn.Parameter(torch.zeros(1, 4)))
+    teacher.update(student, 0.9)
