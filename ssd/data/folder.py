@@ -1,0 +1,187 @@
+"""Picture files: a folder of them, or a text file that lists them."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ssd.data.memory import ByteTable, SharedArray
+from ssd.errors import UserError
+
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif",
+    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv")
+LIST_HEADERS = ("path", "file", "filename", "image", "picture")
+LABEL_CHOICES = ("auto", True, False)
+
+
+class FolderSource:
+    """Picture files under a folder, at any depth, or those that a text file lists.
+
+    A folder is read in the order of its sorted names; hidden files and files with other suffixes are
+    passed over; links are followed, and one to nothing counts as a broken picture. A list has one path a
+    line, relative to the list's own folder or absolute, and optionally a label (a class name, or whole
+    numbers throughout) behind a tab, a comma or a space. Files are opened when they are needed, not
+    before. Raises UserError where there is nothing to read.
+
+    Args:
+        path: the folder or the list.
+        labels: of a folder: True = the first folder below `path` is the class, False = none, "auto" = the
+            former where all pictures lie exactly one folder down and there are two or more such folders.
+            Of a list: "auto" and True = what it says, False = none.
+    """
+
+    def __init__(self, path: str | Path, labels: str | bool = "auto"):
+        if labels not in LABEL_CHOICES:
+            raise UserError(f"labels is {labels!r}. Use 'auto', true (folder names are the classes) or false.")
+        path = Path(path)
+        self.classes: list[str] | None = None
+        if path.is_dir():
+            self.root = str(path)
+            names = list(picture_files(self.root))
+            if not names:
+                raise UserError(
+                    f"folder '{path}' holds no pictures, at no depth. Looked for files that end in "
+                    f"{', '.join(SUFFIXES)}. Is it the right folder?"
+                )
+            found, self.classes = classes_of_folders(names, path, labels)
+        elif path.is_file():
+            self.root = str(path.parent)
+            names, given = read_list(path)
+            found, self.classes = classes_of_list(given, path) if labels is not False else (None, None)
+        else:
+            raise UserError(f"there is no folder or list '{path}'. Give a folder of pictures or a text file of paths.")
+        self._names = ByteTable.of([os.fsencode(name) for name in names])
+        self._labels = None if found is None else SharedArray.of(found)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return None if self._labels is None else self._labels.array
+
+    def open(self, index: int) -> bytes:
+        with open(self.describe(index), "rb", buffering=0) as file:
+            return file.read()
+
+    def label(self, index: int) -> int:
+        return -1 if self._labels is None else int(self._labels.array[index])
+
+    def describe(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self._names[index]))
+
+    def fingerprint(self) -> str:
+        """Of names and labels, not of what the files hold; the same wherever the folder lies."""
+        state = hashlib.sha256(self._names.content())
+        state.update(self._names.ends())
+        if self._labels is not None:
+            state.update(self._labels.array)
+        return state.hexdigest()
+
+
+def picture_files(root: str) -> Iterator[str]:
+    """Paths below `root`, relative to it, folder by folder in sorted order. Each folder is entered once."""
+    seen: set[tuple[int, int]] = set()
+
+    def walk(folder: str) -> Iterator[str]:
+        status = os.stat(os.path.join(root, folder))
+        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+            return
+        seen.add((status.st_dev, status.st_ino))
+        folders: list[str] = []
+        files: list[str] = []
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(os.path.join(folder, entry.name))
+                elif entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or entry.is_symlink()):
+                    files.append(os.path.join(folder, entry.name))
+        yield from sorted(files)
+        for below in sorted(folders):
+            yield from walk(below)
+
+    try:
+        yield from walk("")
+    except PermissionError as error:
+        raise UserError(f"folder '{error.filename}' may not be read. Change its permissions or move it away.") from None
+
+
+def classes_of_folders(
+    names: Sequence[str], root: Path, labels: str | bool
+) -> tuple[np.ndarray | None, list[str] | None]:
+    """Labels (N,) and classes from the first folder of each relative path, as `FolderSource` says."""
+    if labels is False:
+        return None, None
+    depths = {name.count(os.sep) for name in names}
+    if labels == "auto" and depths != {1}:
+        return None, None
+    if 0 in depths:
+        stray = next(name for name in names if os.sep not in name)
+        raise UserError(
+            f"labels: true takes the class from the folder that a picture lies in, but '{stray}' lies in '{root}' "
+            "itself. Move it into the folder of its class, or use labels: false."
+        )
+    firsts = [name.partition(os.sep)[0] for name in names]
+    classes = sorted(set(firsts))
+    if labels == "auto" and len(classes) < 2:
+        return None, None
+    number = {name: place for place, name in enumerate(classes)}
+    return np.fromiter((number[first] for first in firsts), np.int64, len(firsts)), classes
+
+
+def read_list(path: Path) -> tuple[list[str], list[str | None]]:
+    """Paths and labels as written, None where a line has no label."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"'{path}' is not a text file. A list of pictures has one path a line, in UTF-8.") from None
+    pairs = [split_line(line) for line in lines if line.strip()]
+    if pairs and pairs[0][0].lower() in LIST_HEADERS:
+        pairs = pairs[1:]
+    if not pairs:
+        raise UserError(f"list '{path}' is empty. Write one path a line, relative to '{path.parent}' or absolute.")
+    first = pairs[: min(10, len(pairs))]
+    if not any((path.parent / name).exists() for name, _ in first):
+        raise UserError(
+            f"none of the first {len(first)} files in '{path}' exists, for instance '{path.parent / first[0][0]}'. "
+            "Paths are relative to the list's own folder, or absolute."
+        )
+    return [name for name, _ in pairs], [label for _, label in pairs]
+
+
+def split_line(line: str) -> tuple[str, str | None]:
+    """Path and label of one line. A space parts them only where no picture file's name would be cut."""
+    line = line.strip("\r\n")
+    for separator in ("\t", ","):
+        if separator in line:
+            name, _, label = line.rpartition(separator)
+            return name.strip(), label.strip() or None
+    line = line.strip()
+    if " " in line and not line.lower().endswith(SUFFIXES):
+        name, label = line.rsplit(None, 1)
+        return name, label
+    return line, None
+
+
+def classes_of_list(given: Sequence[str | None], path: Path) -> tuple[np.ndarray | None, list[str] | None]:
+    """Labels (N,), -1 where a line has none, and class names, None where labels are numbers."""
+    words = {label for label in given if label is not None}
+    if not words:
+        return None, None
+    if all(word.isdecimal() for word in words):
+        return np.fromiter((-1 if label is None else int(label) for label in given), np.int64, len(given)), None
+    classes = sorted(words)
+    if len(classes) > 1 and len(classes) == len(given):
+        raise UserError(
+            f"every line of list '{path}' has a label of its own, for instance '{classes[0]}'. Part path and label by "
+            "a tab, or use labels: false."
+        )
+    number = {name: place for place, name in enumerate(classes)}
+    return np.fromiter((-1 if label is None else number[label] for label in given), np.int64, len(given)), classes

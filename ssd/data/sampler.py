@@ -1,0 +1,66 @@
+"""Which samples a rank sees in which step: a pure function of the seed and of the steps done."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from ssd.data import randomness
+from ssd.errors import UserError
+
+NO_SAMPLE = -1  # stands where the index of a sample stands in keys of per-sample randomness
+
+
+@lru_cache(maxsize=1)
+def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch. (length,) int64, not to be written to"""
+    order = randomness.generator(seed, epoch, NO_SAMPLE).permutation(length)
+    order.flags.writeable = False
+    return order
+
+
+def zero() -> int:
+    return 0
+
+
+class EpochSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of `(epoch, index)` of one rank, from the step after the last one done to the end of its epoch.
+
+    Step n of an epoch is rows n G to (n + 1) G of the epoch's permutation, with G = `batch_size` x
+    `world`; rank r takes the r-th of its `world` equal parts. The last rows that fill no step are left
+    out of that epoch. `steps_done` is asked at each `iter`, so nothing that workers have prefetched
+    counts. The length is that of a whole epoch.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        steps_done: Callable[[], int] = zero,
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}. Use 1 or more samples for each process.")
+        if length < batch_size * world:
+            whole = f"{batch_size * world}" + (f" ({batch_size} on each of {world} processes)" if world > 1 else "")
+            most = length // world
+            advice = f"Use batch_size {most} or smaller" if most else f"Use at most {length} processes"
+            raise UserError(f"{length} training samples do not fill one step of {whole}. {advice}, or add samples.")
+        self.length, self.batch_size = length, batch_size
+        self.rank, self.world, self.seed = rank, world, seed
+        self.steps_done = steps_done
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch."""
+        return self.length // (self.batch_size * self.world)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, start = divmod(self.steps_done(), len(self))
+        order = permutation(self.length, self.seed, epoch)
+        for step in range(start, len(self)):
+            first = (step * self.world + self.rank) * self.batch_size
+            yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]

@@ -1,0 +1,50 @@
+"""What a few pictures say about all of them: channel means, spreads, and the size they have when decoded."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ssd.data.broken import UNREADABLE, BrokenPictures
+from ssd.data.cache import Pictures
+from ssd.data.randomness import generator
+
+SURVEYED = -3  # key of the fixed choice of pictures that are measured
+NUM_SURVEYED = 2000
+SIDE = 64  # larger pictures are thinned to about this many rows and columns
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Mean and standard deviation of each channel in [0, 1], every picture counting alike, and the mean
+    size of a decoded picture.
+    """
+
+    mean: list[float]
+    std: list[float]
+    bytes_per_picture: float
+
+
+def survey(pictures: Pictures, broken: BrokenPictures, count: int = NUM_SURVEYED) -> Survey:
+    """Of up to `count` pictures, chosen by a fixed shuffle; broken ones are passed over and counted.
+
+    Raises UserError where too many are broken.
+    """
+    chosen = np.sort(generator(SURVEYED).permutation(len(pictures))[:count])
+    means, squares, sizes = [], [], []
+    for index in chosen.tolist():
+        try:
+            picture = pictures[index]
+        except UNREADABLE as error:
+            broken.add(index, error)
+            continue
+        height, width, _ = picture.shape
+        sizes.append(picture.nbytes)
+        thin = picture[:: max(1, height // SIDE), :: max(1, width // SIDE)].reshape(-1, picture.shape[2])
+        values = thin.astype(np.float32)
+        means.append(values.mean(0, dtype=np.float64))
+        squares.append(np.square(values).mean(0, dtype=np.float64))
+    if not means:
+        return survey(pictures, broken, count=len(pictures))
+    mean = np.mean(means, 0)
+    variance = np.maximum(np.mean(squares, 0) - mean**2, 1.0)  # a blank channel: one grey level
+    return Survey((mean / 255).tolist(), (np.sqrt(variance) / 255).tolist(), float(np.mean(sizes)))
