@@ -1,0 +1,153 @@
+"""View recipes by name. A recipe's settings are plain fields, so a config can name one or spell it out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ssd.errors import UserError
+from ssd.views.view import View, Views, check_scale, check_size, keep_as_tuples
+
+
+@dataclass(frozen=True, kw_only=True)
+class DINOViews(Views):
+    """Two large global views and several small local ones of every picture.
+
+    Defaults are those of the published code. The published ViTs use 10 local views, split at .25 of the
+    area instead of .4, and the ResNet-50 6, split at .14; without local views the global scale should be
+    .14 to 1. Caron et al. 2021, section 3.1 and appendix; colours as in BYOL, Grill et al. 2020, table 6.
+
+    Args:
+        global_size: side of the two global views, px.
+        global_scale: smallest and largest share of the picture's area in a global view.
+        local_count: number of local views, 0 or more.
+        local_size: side of the local views, px.
+        local_scale: smallest and largest share of the picture's area in a local view.
+        ratio: narrowest and widest crop, width / height.
+        flip: probability of a left-right flip.
+        jitter: how far brightness, contrast, saturation and hue move.
+        jitter_prob: probability that a view is jittered.
+        grey_prob: probability that a view loses its colour.
+        blur_prob: probability of a blur in the first global, the second global and the local views.
+        blur_radius: smallest and largest standard deviation of the blur, px.
+        solarize_prob: probability of solarisation in the first global, the second global and the local views.
+        solarize_threshold: pixel values from here on are inverted, 0 to 255.
+    """
+
+    global_size: int = 224
+    global_scale: Sequence[float] = (0.4, 1.0)
+    local_count: int = 8
+    local_size: int = 96
+    local_scale: Sequence[float] = (0.05, 0.4)
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: Sequence[float] = (0.4, 0.4, 0.2, 0.1)
+    jitter_prob: float = 0.8
+    grey_prob: float = 0.2
+    blur_prob: Sequence[float] = (1.0, 0.1, 0.5)
+    blur_radius: Sequence[float] = (0.1, 2.0)
+    solarize_prob: Sequence[float] = (0.0, 0.2, 0.0)
+    solarize_threshold: float = 128
+
+    def __post_init__(self):
+        keep_as_tuples(
+            self, "global_scale", "local_scale", "ratio", "jitter", "blur_prob", "blur_radius", "solarize_prob"
+        )
+        check_size("global_size", self.global_size)
+        check_size("local_size", self.local_size)
+        check_scale("global_scale", self.global_scale)
+        check_scale("local_scale", self.local_scale)
+        if isinstance(self.local_count, bool) or not isinstance(self.local_count, int) or self.local_count < 0:
+            raise UserError(f"local_count is {self.local_count!r}. Give the number of local views, 0 or more.")
+        for name in ("blur_prob", "solarize_prob"):
+            probabilities = getattr(self, name)
+            if len(probabilities) != 3:
+                raise UserError(
+                    f"{name} is {list(probabilities)}. Give three probabilities: first global view, "
+                    "second global view, local views."
+                )
+        super().__post_init__()
+
+    def kinds(self) -> dict[str, tuple[View, ...]]:
+        first, second, local = (
+            View(
+                size=size,
+                scale=scale,
+                ratio=self.ratio,
+                flip=self.flip,
+                jitter=self.jitter,
+                jitter_prob=self.jitter_prob,
+                grey_prob=self.grey_prob,
+                blur_prob=blur_prob,
+                blur_radius=self.blur_radius,
+                solarize_prob=solarize_prob,
+                solarize_threshold=self.solarize_threshold,
+            )
+            for size, scale, blur_prob, solarize_prob in zip(
+                (self.global_size, self.global_size, self.local_size),
+                (self.global_scale, self.global_scale, self.local_scale),
+                self.blur_prob,
+                self.solarize_prob,
+                strict=True,
+            )
+        )
+        kinds = {"global": (first, second)}
+        if self.local_count:
+            kinds["local"] = (local,) * self.local_count
+        return kinds
+
+    @property
+    def image_size(self) -> int:
+        return self.global_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainViews(Views):
+    """One view: the largest centred square of the picture, resized, colours as they are.
+
+    Args:
+        size: side of the view, px.
+    """
+
+    size: int = 224
+    evaluation_crop: float = 1.0
+
+    def __post_init__(self):
+        check_size("size", self.size)
+        super().__post_init__()
+
+    def kinds(self) -> dict[str, tuple[View, ...]]:
+        return {"global": (View(size=self.size, scale=(1.0, 1.0), ratio=(1.0, 1.0)),)}
+
+    @property
+    def image_size(self) -> int:
+        return self.size
+
+
+RECIPES: dict[str, Views] = {
+    "dino": DINOViews(),
+    # pictures of about 32 px: a local crop below a tenth of them holds under 10 px a side, and a blur of
+    # 2 px wipes out what little there is
+    "dino_small": DINOViews(
+        global_size=32,
+        local_count=4,
+        local_size=16,
+        local_scale=(0.1, 0.4),
+        blur_prob=(0.0, 0.0, 0.0),
+        evaluation_crop=1.0,
+    ),
+    "plain": PlainViews(),
+}
+
+
+def views_named(views: str | Views) -> Views:
+    """The recipe of that name; views that are spelled out already come back as they are.
+
+    Raises UserError for an unknown name, listing the choices.
+    """
+    if isinstance(views, Views):
+        return views
+    if views not in RECIPES:
+        raise UserError(
+            f"views is {views!r}, which names no recipe. Choose one of {', '.join(sorted(RECIPES))}, "
+            "or spell the settings out with class_path ssd.views.recipes.DINOViews."
+        )
+    return RECIPES[views]
