@@ -1,0 +1,69 @@
+"""Features of a whole set, once: what every probe starts from."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from ssd.distributed import gather_rows
+from ssd.errors import UserError
+
+AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class Features(NamedTuple):
+    """Features (N, D) float32, labels (N,) with -1 for none, and the place (N,) of each sample in its source."""
+
+    features: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+def extract(
+    embed: Callable[[Tensor], Tensor],
+    loader: Iterable[Mapping[str, Tensor]],
+    device: torch.device | str = "cpu",
+    precision: str = "32-true",
+    progress: str | None = None,
+) -> Features:
+    """`embed` of every picture, on the CPU, in order of index.
+
+    The loader gives {"picture" (B, ...), "label" (B,), "index" (B,)}. Pictures go to `device`, where
+    `embed` (B, ...) -> (B, D) runs without gradient; a module runs in eval mode and is put back. `precision`
+    is one of Lightning's names. `progress` is the text beside a bar, None for no bar. Under several
+    processes each gives the samples of its own loader and all get the whole.
+    """
+    if precision not in AUTOCAST:
+        raise UserError(f"precision = '{precision}' is unknown for features; choose one of {', '.join(AUTOCAST)}.")
+    device = torch.device(device)
+    training = isinstance(embed, nn.Module) and embed.training
+    if training:
+        embed.eval()
+    parts = []
+    try:
+        with torch.no_grad(), torch.autocast(device.type, AUTOCAST[precision], enabled=AUTOCAST[precision] is not None):
+            for batch in track(loader, progress or "", disable=progress is None):
+                features = embed(batch["picture"].to(device, non_blocking=True))
+                parts.append(Features(features.float(), batch["label"].to(device), batch["index"].to(device)))
+    finally:
+        if training:
+            embed.train()
+    if not parts:
+        raise UserError("the loader gave no pictures to embed; the set is empty or smaller than this process's share.")
+    return Features(*(part.cpu() for part in gathered(parts)))
+
+
+def gathered(parts: list[Features]) -> Features:
+    """The batches of all processes as one set in order of index, on every process; a sample seen twice counts once."""
+    features, labels, index = (gather_rows(torch.cat(column)) for column in zip(*parts, strict=True))
+    index, order = index.sort(stable=True)
+    first = torch.ones_like(index, dtype=torch.bool)
+    first[1:] = index[1:] != index[:-1]
+    return Features(features[order[first]], labels[order[first]], index[first])
+
+
+def pixels(loader: Iterable[Mapping[str, Tensor]]) -> Features:
+    """The pictures themselves as features: what a network has to beat."""
+    return extract(lambda picture: picture.flatten(1), loader)

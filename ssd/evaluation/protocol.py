@@ -1,0 +1,80 @@
+"""What a number is: its value with the name and version of the protocol that gave it, and what chance would give.
+
+A protocol's version changes when the same features would give another number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from ssd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Number:
+    """One result.
+
+    Args:
+        name: group and measure, as it is logged after the stage: "knn/top1". Accuracies end in "top1".
+        value: accuracies are shares in [0, 1].
+        protocol: name, version and settings; equal protocols on equal features give equal numbers.
+        chance: what always answering the commonest class of the test labels gets; None where chance has no meaning.
+        spread: standard deviation over repeated draws, None for a single run.
+    """
+
+    name: str
+    value: float
+    protocol: str
+    chance: float | None = None
+    spread: float | None = None
+
+    def text(self) -> str:
+        """The value for people: accuracies in percent with one decimal, the rest as they are."""
+        factor = 100 if self.name.endswith("top1") else 1
+        text = f"{factor * self.value:.1f}"
+        return text if self.spread is None else f"{text} ± {factor * self.spread:.1f}"
+
+
+def top1(predictions: Tensor, labels: Tensor, num_classes: int) -> float:
+    """Share of (N,) predictions that equal the labels, every sample counting the same."""
+    return float(multiclass_accuracy(predictions, labels, num_classes, average="micro", validate_args=False))
+
+
+def chance_level(labels: Tensor) -> float:
+    """Share of the commonest class among (N,) labels."""
+    return float(labels.bincount().max()) / len(labels)
+
+
+def count_classes(*labels: Tensor) -> int:
+    """One more than the largest label."""
+    return 1 + max(int(part.max()) for part in labels)
+
+
+def check_finite(**features: Tensor) -> None:
+    """Raises UserError that names the features with NaN or infinite values."""
+    for name, part in features.items():
+        broken = int((~part.isfinite().all(1)).sum())
+        if broken:
+            raise UserError(
+                f"{broken} of {len(part)} rows of the {name} features are NaN or infinite. "
+                "The network has diverged or overflows in this precision: extract with precision 32-true, "
+                "or probe an earlier checkpoint."
+            )
+
+
+def check_labels(purpose: str, **labels: Tensor) -> None:
+    """Raises UserError where a set is empty or has samples without a label (-1)."""
+    for name, part in labels.items():
+        unlabelled = int((part < 0).sum())
+        if len(part) == 0 or unlabelled:
+            raise UserError(
+                f"{purpose} needs labels, and {unlabelled} of the {len(part)} {name} samples have none. "
+                "Give data with labels (class folders, a list file with labels, or a label column), "
+                "or ask for the measures of the spectrum alone, which need none."
+            )
+
+
+def commas(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
