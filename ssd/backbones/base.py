@@ -39,7 +39,8 @@ class Backbone(Recorded, nn.Module):
     """
 
     can: frozenset[str] = frozenset()
-    model: nn.Module
+    model: Any
+    attention: tuple[Any, ...]
 
     def __init__(self, name: str, in_chans: int, drop_path_rate: float):
         super().__init__()
@@ -160,7 +161,7 @@ def tap_names(taps: Iterable[int | str], last: int, num_blocks: int, name: str) 
     return names
 
 
-def create(name: str, kwargs: dict[str, Any], arguments: dict[str, Any] | None) -> nn.Module:
+def create(name: str, kwargs: dict[str, Any], arguments: dict[str, Any] | None) -> Any:
     """The timm model, with random weights. Raises UserError for an unknown name or argument."""
     bare, _, tag = name.partition(".")
     if not timm.is_model(bare):
@@ -182,6 +183,7 @@ def create(name: str, kwargs: dict[str, Any], arguments: dict[str, Any] | None) 
 def set_drop_path_zero(module: nn.Module) -> None:
     """Switch off every random drop (path, unit, block, token) inside `module`: what a teacher's copy needs
     to be the same function in train mode."""
+    part: Any
     for part in module.modules():
         if isinstance(part, DropPath | DropBlock2d):
             part.drop_prob = 0.0

@@ -59,6 +59,9 @@ class ConvNet(Backbone):
         if small_stem:
             self.edits = shrink_stem(model, name, in_chans)
         self.model = model
+        if model.pretrained_cfg.get("fixed_input_size"):
+            # spelled out, because windows are laid out for it: what the name implies is lost in an exported folder
+            kwargs.setdefault("img_size", tuple(model.pretrained_cfg["input_size"][-2:]))
         self.kwargs = {**kwargs, **(arguments or {})}
         stages = [model.get_submodule(info["module"]) for info in model.feature_info]
         self.stages = tuple(stage for stage in stages if any(True for _ in stage.parameters()))
@@ -151,15 +154,15 @@ class ConvNet(Backbone):
         return super().instead(ability)
 
 
-def shrink_stem(model: nn.Module, name: str, in_chans: int) -> list[str]:
+def shrink_stem(model: Any, name: str, in_chans: int) -> list[str]:
     """Give a ResNet the 3x3, stride 1, poolless stem; the lines of Python that do the same elsewhere."""
-    conv = getattr(model, "conv1", None)
-    if not isinstance(model, ResNet) or not isinstance(conv, nn.Conv2d):
+    fits = isinstance(model, ResNet) and isinstance(model.conv1, nn.Conv2d)
+    if not fits:
         raise UserError(
             f"small_stem is for ResNets whose stem is one convolution, not for '{name}'. "
             "Use resnet18, resnet34 or resnet50, or a ConvNeXt with arguments: {patch_size: 2}."
         )
-    width = conv.out_channels
+    width = model.conv1.out_channels
     model.conv1 = nn.Conv2d(in_chans, width, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()

@@ -49,7 +49,8 @@ class ViT(Backbone):
         arguments = dict(arguments or {})
         if arguments.get("patch_drop_rate"):
             raise UserError("patch_drop_rate drops patches unseen by the method. Use a method that passes `visible`.")
-        kwargs = {"num_classes": 0, "in_chans": in_chans, "dynamic_img_size": True, "dynamic_img_pad": True}
+        kwargs: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans}
+        kwargs |= {"dynamic_img_size": True, "dynamic_img_pad": True}
         if img_size is not None:
             kwargs["img_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
         # without a pooling of timm's, the final norm is that of the tokens
@@ -65,6 +66,8 @@ class ViT(Backbone):
         model.global_pool = "avg" if model.cls_token is None else "token"
         self.model = model
         self.rotary = isinstance(model, Eva)
+        # spelled out: what the name alone implies is lost in an exported folder
+        kwargs["img_size"] = tuple(model.patch_embed.img_size)
         norm_after_pooling = "use_fc_norm" if self.rotary else "fc_norm"
         self.kwargs = {**kwargs, "global_pool": model.global_pool, norm_after_pooling: False, **arguments}
         size = model.patch_embed.img_size
@@ -132,7 +135,9 @@ class ViT(Backbone):
         grid, sequence, rope = self.embed(x, masked, mask_token, visible)
         tapped: dict[str, Tensor] = {}
         for number, block in enumerate(self.blocks[:last], 1):
-            place = {"rope": rope[number - 1] if self.model.rope_mixed else rope} if self.rotary else {}
+            place: dict[str, Any] = {}
+            if self.rotary:
+                place["rope"] = rope[number - 1] if rope is not None and self.model.rope_mixed else rope
             if f"block{number}.mlp" in wanted:
                 sequence, tapped[f"block{number}.mlp"] = block_and_mlp(block, sequence, place)
             else:
@@ -193,7 +198,7 @@ def visible_rope(sequence: Tensor, rope: Tensor, visible: Tensor, per_block: boo
     return chosen.transpose(0, 1) if per_block else chosen[:, None]
 
 
-def block_and_mlp(block: nn.Module, sequence: Tensor, place: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def block_and_mlp(block: Any, sequence: Tensor, place: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """A block's output, and its MLP's before layer scale, drop path and the residual sum."""
     if getattr(block, "_compiled_call_impl", None) is not None:
         raise UserError("the MLP output of a compiled block cannot be tapped. Leave this backbone uncompiled.")

@@ -160,7 +160,7 @@ def test_impossible_settings_are_refused_when_built(settings, message):
 
 
 def test_a_tap_that_does_not_exist_is_refused():
-    with pytest.raises(UserError, match="block5.*1 to 4"):
+    with pytest.raises(UserError, match=r"block5.*1 to 4"):
         network("resnet18")(torch.randn(1, 3, 32, 32), taps=(5,))
     with pytest.raises(UserError, match="one MLP"):
         network("resnet18")(torch.randn(1, 3, 32, 32), taps=("block1.mlp",))
