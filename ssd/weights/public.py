@@ -1,0 +1,109 @@
+"""Files of weights as DINO, iBOT and DINOv2 publish them, turned into timm's names.
+
+Training files hold `student` and `teacher`, each with a backbone and heads; releases hold a backbone alone,
+flat or under `state_dict`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd.errors import UserError
+from ssd.weights.checkpoint import shortened
+
+# learned inputs of masked training, which no backbone uses
+MASK_TOKENS = ("mask_token", "masked_embed")
+HEADS = ("head", "dino_head", "ibot_head")
+
+
+@dataclass(frozen=True)
+class PublicWeights:
+    """One network of a public file.
+
+    Args:
+        backbone: keys as published, without prefixes.
+        heads: "head", "dino_head" or "ibot_head" -> its state with `weight_g` (K, 1) and `weight_v`
+            (K, d) for the weight-normed layer, whichever way the file spells it.
+    """
+
+    backbone: dict[str, Tensor]
+    heads: dict[str, dict[str, Tensor]]
+
+
+def read_public(contents: Any, network: str = "teacher", where: str = "the file") -> PublicWeights:
+    """The weights of `network` ("teacher" or "student") in what a public file holds; a file of one network
+    has no choice. Raises UserError where there are no weights."""
+    state = find_state(contents, network, where)
+    state = {key.removeprefix("module.").replace("_orig_mod.", ""): value for key, value in state.items()}
+    if not any(key.startswith("backbone.") for key in state):
+        return PublicWeights(state, {})
+    backbone: dict[str, Tensor] = {}
+    heads: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        if part in HEADS:
+            heads.setdefault(part, {})[rest] = value
+        else:
+            backbone[rest if part == "backbone" else key] = value
+    return PublicWeights(backbone, {name: classic_weight_norm(head) for name, head in heads.items()})
+
+
+def find_state(contents: Any, network: str, where: str) -> Mapping[str, Tensor]:
+    if not isinstance(contents, Mapping):
+        raise UserError(f"{where} holds a {type(contents).__name__}, expected a dictionary of weights.")
+    networks = [name for name in ("teacher", "student") if isinstance(contents.get(name), Mapping)]
+    if network in networks:
+        return contents[network]
+    if networks:
+        raise UserError(f"{where} has no network '{network}'. Name one after the file: #{', #'.join(networks)}.")
+    for name in ("state_dict", "model"):
+        if isinstance(contents.get(name), Mapping):
+            return contents[name]
+    if not contents or not all(isinstance(value, Tensor) for value in contents.values()):
+        raise UserError(f"{where} holds no weights that are known here, but the keys {shortened(contents)}.")
+    return contents
+
+
+def classic_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`parametrizations.weight.original0` and `original1`, torch's modern spelling, as `weight_g` and `weight_v`."""
+    spelling = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    classic: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for modern, name in spelling.items():
+            key = key.replace(modern, name)
+        classic[key] = value
+    return classic
+
+
+def timm_state(public: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """A published backbone under timm's names for `model`, and the keys that no backbone uses.
+
+    Keys that are timm's already stay; what is neither is left for the caller to refuse.
+    """
+    left_out = [key for key in public if key in MASK_TOKENS]
+    state: dict[str, Tensor] = {}
+    for key, value in public.items():
+        if key in MASK_TOKENS:
+            continue
+        key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)          # blocks in chunks keep their own number
+        key = key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
+        state[key] = value
+    if "register_tokens" in state and "pos_embed" in state:
+        place_registers(state, model)
+    return state, left_out
+
+
+def place_registers(state: dict[str, Tensor], model: Any) -> None:
+    """DINOv2 gives the class token a position and registers none. timm's models either give none to both,
+    so that the class token takes its position in, or one to each, so that registers get zeros."""
+    state["reg_token"] = state.pop("register_tokens")
+    cls_position, positions = state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
+    if getattr(model, "no_embed_class", False):
+        state["cls_token"] = state["cls_token"] + cls_position
+        state["pos_embed"] = positions
+    else:
+        state["pos_embed"] = torch.cat([cls_position, torch.zeros_like(state["reg_token"]), positions], dim=1)

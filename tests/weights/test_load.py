@@ -1,0 +1,282 @@
+import argparse
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.parametrizations import weight_norm
+from torch.testing import assert_close
+
+import ssd.weights.load
+from ssd.backbones.convnet import ConvNet
+from ssd.backbones.vit import ViT
+from ssd.errors import UserError
+from ssd.heads import PrototypeHead
+from ssd.weights.checkpoint import read_file, strict_load
+from ssd.weights.public import read_public, timm_state
+from tests.weights.networks import RESNET, TINY, pictures, tiny_resnet, tiny_vit
+from tests.weights.test_checkpoint import checkpoint_of
+
+
+def same(ours, reference, size: int = 32) -> None:
+    x = pictures(reference.in_chans, size)
+    assert_close(ours.eval()(x).patches, reference(x).patches, atol=0, rtol=0)
+    assert_close(ours(x).pooled(), reference(x).pooled(), atol=0, rtol=0)
+
+
+def again(reference: ViT, weights, **settings) -> ViT:
+    arguments = {**TINY, **settings.pop("arguments", {})}
+    return ViT(reference.name, weights=str(weights), arguments=arguments, **settings)
+
+
+# ------------------------------------------------------------------ public layouts
+
+
+def head_state(modern: bool) -> dict[str, Tensor]:
+    """A head as published: an MLP and a weight-normed layer, spelled by torch itself."""
+    generator = torch.Generator().manual_seed(3)
+    state = {}
+    for number, (width_in, width_out) in {0: (24, 32), 2: (32, 32), 4: (32, 16)}.items():
+        state[f"mlp.{number}.weight"] = torch.randn(width_out, width_in, generator=generator)
+        state[f"mlp.{number}.bias"] = torch.randn(width_out, generator=generator)
+    layer = torch.nn.Linear(16, 8, bias=False)
+    layer.weight.data = torch.randn(8, 16, generator=generator)
+    layer = weight_norm(layer) if modern else torch.nn.utils.weight_norm(layer)
+    return state | {f"last_layer.{key}": value.detach() for key, value in layer.state_dict().items()}
+
+
+def dino_file(student: ViT, teacher: ViT, modern: bool = False) -> dict:
+    def branch(backbone: ViT, prefix: str) -> dict[str, Tensor]:
+        state = {f"{prefix}backbone.{key}": value for key, value in backbone.model.state_dict().items()}
+        return state | {f"{prefix}head.{key}": value for key, value in head_state(modern).items()}
+
+    return {
+        "student": branch(student, "module."),
+        "teacher": branch(teacher, ""),
+        "optimizer": {"param_groups": [{"lr": np.float64(1e-3), "weight_decay": np.float64(0.04)}]},
+        "epoch": 3,
+        "args": argparse.Namespace(arch="vit_small", out_dim=8),
+        "dino_loss": {"center": torch.zeros(1, 8)},
+    }
+
+
+def test_a_training_file_of_dino_gives_teacher_or_student(tmp_path):
+    student, teacher = tiny_vit(seed=1), tiny_vit(seed=2)
+    torch.save(dino_file(student, teacher), tmp_path / "checkpoint.pth")
+    same(again(teacher, tmp_path / "checkpoint.pth"), teacher)
+    same(again(student, f"{tmp_path}/checkpoint.pth#student"), student)
+    with pytest.raises(UserError, match=r"no network 'partner'.*#teacher, #student"):
+        again(student, f"{tmp_path}/checkpoint.pth#partner")
+
+
+@pytest.mark.parametrize("modern", [False, True])
+def test_both_spellings_of_weight_norm_give_the_same_head(tmp_path, modern):
+    torch.save(dino_file(tiny_vit(), tiny_vit(), modern), tmp_path / "checkpoint.pth")
+    public = read_public(read_file(tmp_path / "checkpoint.pth"))
+    state = public.heads["head"]
+    assert state["last_layer.weight_g"].shape == (8, 1) and state["last_layer.weight_v"].shape == (8, 16)
+    head = PrototypeHead(24, 8, hidden_dim=32, bottleneck_dim=16)
+    strict_load(head, state, "the head")
+    x = torch.randn(5, 24)
+    hidden = x
+    for number in (0, 2, 4):
+        hidden = hidden @ state[f"mlp.{number}.weight"].T + state[f"mlp.{number}.bias"]
+        hidden = torch.nn.functional.gelu(hidden) if number < 4 else hidden
+    last = weight_norm(torch.nn.Linear(16, 8, bias=False))
+    last.load_state_dict({key.removeprefix("last_layer."): v for key, v in head_state(True).items() if "last" in key})
+    expected = last(torch.nn.functional.normalize(hidden, dim=-1))
+    assert_close(head(x).logits(), expected)
+
+
+def test_a_release_of_ibot_loses_only_its_mask_embedding(tmp_path):
+    backbone = tiny_vit()
+    state = dict(backbone.model.state_dict()) | {"masked_embed": torch.zeros(1, 24)}
+    torch.save({"state_dict": state}, tmp_path / "ibot.pth")
+    with pytest.warns(UserWarning, match=r"not used by a backbone: masked_embed\."):
+        same(again(backbone, tmp_path / "ibot.pth"), backbone)
+
+
+def dinov2_state(depth: int = 4) -> dict[str, Tensor]:
+    """DINOv2 with registers, as published: positions for the class token and patches, none for registers."""
+    arguments = {**TINY, "depth": depth, "reg_tokens": 0, "no_embed_class": False}
+    reference = tiny_vit("vit_small_patch14_reg4_dinov2", img_size=56, arguments=arguments)
+    state = dict(reference.model.state_dict())
+    generator = torch.Generator().manual_seed(4)
+    state["register_tokens"] = torch.randn(1, 4, 24, generator=generator)
+    state["mask_token"] = torch.zeros(1, 24)
+    return state
+
+
+def in_chunks(state: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """FSDP's layout of blocks: chunks that keep the number of each block."""
+
+    def key_in_chunk(key: str) -> str:
+        if not key.startswith("blocks."):
+            return key
+        number = int(key.split(".")[1])
+        return f"blocks.{number // size}.{key.removeprefix('blocks.')}"
+
+    return {key_in_chunk(key): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("no_embed_class", [True, False])
+def test_registers_of_dinov2_enter_without_positions(tmp_path, no_embed_class, chunked):
+    """Both of timm's forms, with and without positions of prefix tokens, are the published function:
+    class token + its position, then registers as they are, then patches + positions."""
+    state = dinov2_state()
+    stored = in_chunks(state, 2) if chunked else state
+    torch.save({"teacher": {f"backbone.{key}": value for key, value in stored.items()}}, tmp_path / "eval.pth")
+    with pytest.warns(UserWarning, match="mask_token"):
+        backbone = ViT(
+            "vit_small_patch14_reg4_dinov2",
+            img_size=56,
+            weights=f"{tmp_path}/eval.pth",
+            arguments={**TINY, "depth": 4, "no_embed_class": no_embed_class},
+        ).eval()
+    x = pictures(size=56)
+    _, sequence, _ = backbone.embed(x, None, None, None)
+    cls = (state["cls_token"] + state["pos_embed"][:, :1]).expand(2, -1, -1)
+    assert_close(sequence[:, :1], cls)
+    assert_close(sequence[:, 1:5], state["register_tokens"].expand(2, -1, -1))
+    patches = backbone.model.patch_embed.proj(x).flatten(2).mT + state["pos_embed"][:, 1:]
+    assert_close(sequence[:, 5:], patches)
+    for number in range(4):
+        own = backbone.blocks[number].attn.qkv.weight
+        assert_close(own.detach(), state[f"blocks.{number}.attn.qkv.weight"], atol=0, rtol=0)
+
+
+def test_swiglu_of_dinov2_is_packed_as_timm_packs_it():
+    model = ViT("vit_giant_patch14_dinov2", img_size=56, arguments={**TINY, "depth": 1}).eval().model
+    mlp = model.blocks[0].mlp
+    hidden = mlp.fc2.in_features
+    w12, w3 = torch.randn(2 * hidden, 24), torch.randn(24, hidden)
+    public = {"blocks.0.0.mlp.w12.weight": w12, "blocks.0.0.mlp.w3.weight": w3}
+    public |= {"blocks.0.0.mlp.w12.bias": torch.randn(2 * hidden), "blocks.0.0.mlp.w3.bias": torch.randn(24)}
+    state, left_out = timm_state(public, model)
+    assert not left_out
+    strict_load(mlp, {key.removeprefix("blocks.0.mlp."): value for key, value in state.items()}, "the MLP")
+    x = torch.randn(2, 3, 24)
+    gate, value = (x @ w12.T + public["blocks.0.0.mlp.w12.bias"]).chunk(2, -1)
+    assert_close(mlp(x), (torch.nn.functional.silu(gate) * value) @ w3.T + public["blocks.0.0.mlp.w3.bias"])
+
+
+def test_a_released_resnet_in_torchvisions_names_and_a_supervised_one_without_its_classifier(tmp_path):
+    backbone = tiny_resnet()
+    torch.save(backbone.model.state_dict(), tmp_path / "resnet.pth")
+    same(ConvNet("resnet18", weights=f"{tmp_path}/resnet.pth", arguments=RESNET), backbone)
+    supervised = dict(backbone.model.state_dict()) | {"fc.weight": torch.zeros(9, 256), "fc.bias": torch.zeros(9)}
+    save_file(supervised, tmp_path / "resnet.safetensors")
+    with pytest.warns(UserWarning, match=r"not used by a backbone: fc\.weight, fc\.bias"):
+        same(ConvNet("resnet18", weights=f"{tmp_path}/resnet.safetensors", arguments=RESNET), backbone)
+
+
+# ------------------------------------------------------------------ key accounting and our own files
+
+
+def test_a_checkpoint_gives_its_teacher_unless_another_network_is_named(tmp_path):
+    student, teacher = tiny_vit(seed=1), tiny_vit(seed=2)
+    torch.save(checkpoint_of(student, teacher), tmp_path / "last.ckpt")
+    same(again(teacher, tmp_path / "last.ckpt"), teacher)
+    same(again(student, f"{tmp_path}/last.ckpt#student"), student)
+
+
+def test_a_folder_whose_name_has_a_hash_is_a_folder(tmp_path):
+    backbone = tiny_vit()
+    folder = tmp_path / "run#2"
+    folder.mkdir()
+    save_file(backbone.model.state_dict(), folder / "model.safetensors")
+    same(again(backbone, folder), backbone)
+
+
+def test_positions_of_another_grid_are_resized_and_that_is_said(tmp_path):
+    """The network of 32 px shown 64 px resizes by the same rule, so both answer the same."""
+    backbone = tiny_vit(img_size=32)
+    torch.save(backbone.model.state_dict(), tmp_path / "small.pth")
+    with pytest.warns(UserWarning, match="positions resized from 2 x 2 to 4 x 4"):
+        larger = again(backbone, tmp_path / "small.pth", img_size=64)
+    same(larger, backbone, size=64)
+
+
+def test_weights_of_another_network_list_every_key(tmp_path):
+    backbone = tiny_vit()
+    torch.save(backbone.model.state_dict() | {"extra": torch.zeros(1)}, tmp_path / "vit.pth")
+    with pytest.raises(UserError, match=r"1 unknown: extra\."):
+        again(backbone, tmp_path / "vit.pth")
+    with pytest.raises(UserError, match=r"12 missing: blocks\.3\.norm1\.weight"):
+        again(backbone, tmp_path / "vit.pth", arguments={"depth": 4})
+    with pytest.raises(UserError, match=r"of another shape: patch_embed\.proj\.weight \(24, 3, 16, 16\) instead of"):
+        again(backbone, tmp_path / "vit.pth", in_chans=1)
+    with pytest.raises(UserError, match=r"unknown.*missing"):
+        ConvNet("resnet18", weights=f"{tmp_path}/vit.pth", arguments=RESNET)
+
+
+def test_weights_that_are_not_there_or_not_weights_say_so(tmp_path):
+    backbone = tiny_vit()
+    with pytest.raises(UserError, match="there is no file"):
+        again(backbone, tmp_path / "nowhere.pth")
+    with pytest.raises(UserError, match="there is no file"):
+        again(backbone, tmp_path / "nowhere.safetensors")
+    with pytest.raises(UserError, match=r"no model\.safetensors"):
+        again(backbone, tmp_path)
+    torch.save({"epoch": 3, "note": "x"}, tmp_path / "notes.pth")
+    with pytest.raises(UserError, match=r"no weights.*epoch, note"):
+        again(backbone, tmp_path / "notes.pth")
+    save_file(backbone.model.state_dict(), tmp_path / "cut.safetensors")
+    whole = (tmp_path / "cut.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="truncated"):
+        again(backbone, tmp_path / "cut.safetensors")
+
+
+# ------------------------------------------------------------------ timm's own
+
+
+def test_a_tag_of_timm_is_loaded_strictly_without_its_classifier(tmp_path, monkeypatch):
+    """timm itself, with the hub replaced by a file."""
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=1000, **TINY)
+    save_file(source.state_dict(), tmp_path / "hub.safetensors")
+    create, asked = timm.create_model, []
+
+    def from_file(name, **kwargs):
+        if kwargs.get("pretrained"):
+            asked.append(name)
+            kwargs["pretrained_cfg_overlay"] = {"file": str(tmp_path / "hub.safetensors"), "custom_load": False}
+            kwargs["pretrained_cfg_overlay"]["num_classes"] = 1000
+            kwargs["num_classes"] = 1000
+        return create(name, **kwargs)
+
+    monkeypatch.setattr(ssd.weights.load.timm, "create_model", from_file)
+    with pytest.warns(UserWarning, match=r"head\.weight, head\.bias"):
+        backbone = ViT("vit_tiny_patch16_224", weights="timm:augreg_in21k_ft_in1k", arguments=TINY).eval()
+    assert asked == ["vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
+    x = pictures(size=224)
+    assert_close(backbone(x).cls, source.eval().forward_head(source.forward_features(x), pre_logits=True))
+
+
+def test_timm_weights_that_cannot_be_had_say_why(monkeypatch):
+    with pytest.raises(UserError, match=r"no weights with tag 'mine'.*augreg_in21k"):
+        ViT("vit_tiny_patch16_224", weights="timm:mine")
+    with pytest.raises(UserError, match="publishes no weights"):
+        ViT("vit_base_patch16_reg4_gap_256", weights="timm", arguments=TINY)
+    create = timm.create_model
+
+    def offline(name, **kwargs):
+        if kwargs.get("pretrained"):
+            raise ConnectionError("no route to the hub")
+        return create(name, **kwargs)
+
+    monkeypatch.setattr(ssd.weights.load.timm, "create_model", offline)
+    with pytest.raises(UserError, match=r"could not be fetched.*no route.*copy the weights file"):
+        ViT("vit_tiny_patch16_224", weights="timm", arguments=TINY)
+
+
+def test_nothing_is_said_when_every_key_fits(tmp_path):
+    backbone = tiny_vit()
+    torch.save(backbone.model.state_dict(), tmp_path / "vit.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again(backbone, tmp_path / "vit.pth")
