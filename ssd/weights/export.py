@@ -1,0 +1,252 @@
+"""Writing a backbone for others, and proving that what was written is what they will load."""
+
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ssd.errors import UserError
+
+if TYPE_CHECKING:
+    from ssd.backbones.base import Backbone
+
+FORMATS = ("timm", "safetensors")
+TOLERANCE = 1e-4
+
+CHECK = """
+import sys
+import torch
+from safetensors.torch import load_file as read, save_file as write
+assert not any(name.split(".")[0] == "ssd" for name in sys.modules), "the lines above import ssd"
+pictures, answers = sys.argv[1:]
+model.eval()
+with torch.inference_mode():
+    x = read(pictures)["pictures"]
+    write({"pooled": model(x).contiguous(), "features": model.forward_features(x).contiguous()}, answers)
+"""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how far it is from the network it was written from.
+
+    Args:
+        folder: where it lies.
+        to: "timm" or "safetensors".
+        lines: the Python that gives `model`, the very lines that the check ran.
+        difference: the largest absolute difference of features and pooled features, float32 on the CPU,
+            between the network and what a fresh process loaded.
+        tolerance: what the difference may be.
+    """
+
+    folder: str
+    to: str
+    lines: tuple[str, ...]
+    difference: float
+    tolerance: float
+
+    @property
+    def code(self) -> str:
+        return "\n".join(self.lines)
+
+
+def export_backbone(
+    backbone: "Backbone",
+    out: str | Path,
+    to: str = "timm",
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    input_size: int,
+    crop: float = 0.875,
+    card: Mapping[str, Any] | None = None,
+) -> ExportReport:
+    """Write `backbone` into the folder `out`, load it in a fresh process by the lines that are reported,
+    and compare.
+
+    Args:
+        to: "timm": a folder for `timm.create_model("local-dir:DIR", pretrained=True)`. "safetensors": the
+            weights and the lines that rebuild the network around them.
+        mean, std: of each channel, in [0, 1] units, that inputs were normalised by.
+        input_size: side of the square inputs of training and evaluation, in px.
+        crop: share of the resized picture's side that evaluation keeps.
+        card: facts for the model card, such as method, data and numbers; plain data.
+
+    Raises UserError for what cannot be exported so, RuntimeError where what was loaded differs by more than
+    1e-4.
+    """
+    out = Path(out)
+    about = backbone.describe_timm()
+    check_request(backbone, about, out, to, mean, std)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "export.json"):
+        (out / name).unlink(missing_ok=True)
+
+    network = copy.deepcopy(backbone).cpu().eval()
+    state = {key: value.detach().contiguous().clone() for key, value in network.model.state_dict().items()}
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    if to == "timm":
+        config = timm_config(network, about, mean, std, input_size, crop)
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    lines = timm_lines(out) if to == "timm" else safetensors_lines(about, out)
+
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randn(2, backbone.in_chans, input_size, input_size, generator=generator)
+    difference = compare(answers_here(network.float(), pictures), answers_elsewhere(lines, pictures))
+    if not difference <= TOLERANCE:
+        raise RuntimeError(
+            f"what a fresh process loaded from {out} differs by {difference:.3g} from the network that was written, "
+            f"more than {TOLERANCE:g}. The export is not to be trusted."
+        )
+    report = ExportReport(str(out), to, tuple(lines), difference, TOLERANCE)
+    versions = {"torch": torch.__version__, "timm": timm.__version__}
+    (out / "export.json").write_text(json.dumps(asdict(report) | versions, indent=2) + "\n")
+    (out / "README.md").write_text(model_card(about, report, mean, std, input_size, card or {}))
+    return report
+
+
+def check_request(
+    backbone: "Backbone", about: dict[str, Any], out: Path, to: str, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    if to not in FORMATS:
+        raise UserError(f"cannot export to '{to}'. Choose one of {', '.join(FORMATS)}.")
+    if to == "timm" and about["edits"]:
+        raise UserError(
+            f"'{about['name']}' was changed in a way that timm has no setting for ({'; '.join(about['edits'])}), so "
+            "plain timm cannot load it. Export to safetensors, which comes with the lines that rebuild it."
+        )
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file. Give a folder to export to.")
+    if len(mean) != backbone.in_chans or len(std) != backbone.in_chans:
+        raise UserError(
+            f"mean has {len(mean)} and std {len(std)} values, '{about['name']}' takes {backbone.in_chans} channels."
+        )
+    try:
+        json.dumps(about["kwargs"])
+    except TypeError as error:
+        raise UserError(f"arguments of '{about['name']}' cannot be written down ({error}). Use plain data.") from None
+
+
+def timm_config(
+    backbone: "Backbone", about: dict[str, Any], mean: Sequence[float], std: Sequence[float], size: int, crop: float
+) -> dict[str, Any]:
+    """What timm reads from config.json: how to build the model, and how its inputs are made."""
+    source = backbone.model.pretrained_cfg
+    return {
+        "architecture": about["name"],
+        "num_classes": 0,
+        "num_features": backbone.model.num_features,
+        "model_args": about["kwargs"],
+        "pretrained_cfg": {
+            "input_size": [backbone.in_chans, size, size],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": crop,
+            "mean": [float(value) for value in mean],
+            "std": [float(value) for value in std],
+            "num_classes": 0,
+            "first_conv": source.get("first_conv"),
+            "classifier": source.get("classifier"),
+            "custom_load": False,
+        },
+    }
+
+
+def timm_lines(out: Path) -> list[str]:
+    return ["import timm", f"model = timm.create_model({quoted(f'local-dir:{out.as_posix()}')}, pretrained=True)"]
+
+
+def safetensors_lines(about: dict[str, Any], out: Path) -> list[str]:
+    kwargs = "".join(f", {key}={value!r}" for key, value in about["kwargs"].items())
+    return [
+        "import timm",
+        *(["import torch"] if about["edits"] else []),
+        "from safetensors.torch import load_file",
+        f"model = timm.create_model({quoted(about['name'])}{kwargs})",
+        *about["edits"],
+        f"model.load_state_dict(load_file({quoted((out / 'model.safetensors').as_posix())}))",
+    ]
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+@torch.inference_mode()
+def answers_here(backbone: "Backbone", pictures: Tensor) -> dict[str, Tensor]:
+    return {"pooled": backbone(pictures).pooled(), "features": backbone.model.forward_features(pictures)}
+
+
+def answers_elsewhere(lines: Sequence[str], pictures: Tensor) -> dict[str, Tensor]:
+    """What a fresh Python that never imports ssd gets from `model` after `lines`."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, taken = Path(folder, "pictures.safetensors"), Path(folder, "answers.safetensors")
+        save_file({"pictures": pictures}, given)
+        script = "\n".join(lines) + CHECK
+        # -P: nothing in the current folder can stand in for timm or torch
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", script, str(given), str(taken)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"a fresh process could not load the export:\n{done.stderr[-2000:]}")
+        return load_file(taken)
+
+
+def compare(here: dict[str, Tensor], elsewhere: dict[str, Tensor]) -> float:
+    return max(float((here[name] - elsewhere[name]).abs().max()) for name in here)
+
+
+def model_card(
+    about: dict[str, Any],
+    report: ExportReport,
+    mean: Sequence[float],
+    std: Sequence[float],
+    size: int,
+    card: Mapping[str, Any],
+) -> str:
+    def row(name: str, value: Any) -> str:
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        return f"| {name} | {' '.join(text.split()).replace('|', chr(92) + '|')} |"
+
+    facts = {
+        "architecture": f"{about['name']} of timm",
+        "arguments": about["kwargs"],
+        "input": f"{len(mean)} x {size} x {size}, values in [0, 1] less mean, over std",
+        "mean": list(mean),
+        "std": list(std),
+        **card,
+    }
+    return "\n".join(
+        [
+            "---",
+            "library_name: timm",
+            "tags: [image-feature-extraction, timm, self-supervised]",
+            "---",
+            f"# {about['name']}",
+            "",
+            "A backbone pretrained without labels by self-supervised distillation. It answers features, and has no",
+            "classifier; `model(x)` is the pooled vector, `model.forward_features(x)` what it is pooled from.",
+            "",
+            "```python",
+            report.code,
+            "```",
+            "",
+            "| | |",
+            "|---|---|",
+            *(row(name, value) for name, value in facts.items()),
+            "",
+            "These lines were run in a fresh process and compared with the network that was written: the largest",
+            f"difference on a fixed random input is {report.difference:.2g} (`export.json`).",
+            "",
+        ]
+    )
