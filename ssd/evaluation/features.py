@@ -7,7 +7,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from ssd.distributed import gather_rows
+from ssd.distributed import gather_objects, gather_rows
 from ssd.errors import UserError
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -50,13 +50,20 @@ def extract(
     finally:
         if training:
             embed.train()
-    if not parts:
-        raise UserError("the loader gave no pictures to embed; the set is empty or smaller than this process's share.")
-    return Features(*(part.cpu() for part in gathered(parts)))
+    whole = gathered(parts, device)
+    if not len(whole.index):
+        raise UserError("the loader gave no pictures to embed: the set is empty, or every picture in it is broken.")
+    return Features(*(part.cpu() for part in whole))
 
 
-def gathered(parts: list[Features]) -> Features:
-    """The batches of all processes as one set in order of index, on every process; a sample seen twice counts once."""
+def gathered(parts: list[Features], device: torch.device | str = "cpu") -> Features:
+    """The batches of all processes as one set in order of index, on every process; a sample seen twice counts once.
+
+    A process may have no batch. `device` is where the batches lie.
+    """
+    width = max(gather_objects(parts[0].features.shape[1] if parts else 0))
+    none = torch.zeros(0, dtype=torch.long, device=device)
+    parts = [Features(torch.zeros(0, width, device=device), none, none), *parts]
     features, labels, index = (gather_rows(torch.cat(column)) for column in zip(*parts, strict=True))
     index, order = index.sort(stable=True)
     first = torch.ones_like(index, dtype=torch.bool)

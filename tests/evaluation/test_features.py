@@ -74,6 +74,8 @@ def test_two_processes_with_unequal_shares_have_the_features_of_one(tmp_path):
         dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
         index = torch.tensor([0, 2, 4, 6, 1] if rank == 0 else [1, 3])
         part = Features(index[:, None] * torch.ones(1, 3), 10 * index, index)
+        alone = gathered([part] if rank == 1 else [])
+        assert torch.equal(alone.features, torch.tensor([[1.0] * 3, [3.0] * 3])) and alone.index.tolist() == [1, 3]
         torch.save(tuple(gathered([part])), sys.argv[3] + str(rank))
         dist.destroy_process_group()
     """)

@@ -1,4 +1,5 @@
 import io
+import math
 
 import pytest
 import torch
@@ -119,6 +120,13 @@ def test_the_monitor_without_labels_is_the_rank_alone():
     for without in (monitor(train, labels - 9, test, truth), monitor(train, labels, test[:0], truth[:0])):
         assert [number.name for number in without] == ["spectrum/rankme"]
         assert_close(without[0].value, rankme(train))
+
+
+def test_the_monitor_of_a_diverged_network_is_a_rank_that_is_not_a_number():
+    (train, labels), (test, truth) = clouds(100), clouds(50, seed=1)
+    train[3, 3] = float("inf")
+    (number,) = monitor(train, labels, test, truth)
+    assert number.name == "spectrum/rankme" and math.isnan(number.value)
 
 
 def test_tables_show_percent_spread_chance_and_protocol():

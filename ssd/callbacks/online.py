@@ -1,0 +1,59 @@
+"""Evaluation during training: what the frozen features are worth at every validation, from one pass over the data."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from ssd.evaluation.features import Features, gathered
+from ssd.evaluation.protocol import Number
+from ssd.evaluation.suite import monitor
+
+BANK, QUERIES = 0, 1
+
+
+class OnlineEvaluation(pl.Callback):
+    """Logs k-NN, a linear probe and RankMe of the features that `validation_step` returns.
+
+    A module's `validation_step` returns {"features" (B, D), "labels" (B,) with -1 for none, "index" (B,)}.
+    The first validation loader is the bank that probes learn from, the second holds the queries. The parts of all
+    ranks are brought together, each sample once. Logged are `val/knn/top1` (k 20, temperature 0.07, the bank's mean
+    subtracted), `val/linear/top1` (ridge regression in closed form, its penalty chosen by leaving one out of the
+    bank) and `val/spectrum/rankme` (of the bank); the last alone where bank or queries have no labels, or where
+    features are not finite. Lightning's check before training is left out.
+
+    `numbers` holds the last result with its protocols.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: list[Number] = []
+        self._parts: dict[int, list[Features]] = {BANK: [], QUERIES: []}
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._parts = {BANK: [], QUERIES: []}
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.sanity_checking or dataloader_idx not in self._parts:
+            return
+        part = Features(outputs["features"].detach().float(), outputs["labels"], outputs["index"])
+        self._parts[dataloader_idx].append(part)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        bank, queries = (gathered(self._parts[which], pl_module.device) for which in (BANK, QUERIES))
+        self._parts = {BANK: [], QUERIES: []}
+        if not len(bank.index):
+            return
+        with torch.no_grad():
+            self.numbers = monitor(bank.features, bank.labels, queries.features, queries.labels)
+        for number in self.numbers:
+            pl_module.log(f"val/{number.name}", number.value, sync_dist=True, batch_size=len(bank.index))
