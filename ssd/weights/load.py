@@ -13,8 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from ssd.errors import UserError
-from ssd.record import build
-from ssd.weights.checkpoint import backbone_state, is_checkpoint, read_checkpoint, read_file, strict_load
+from ssd.weights.checkpoint import backbone_state, is_checkpoint, read_file, strict_load
 from ssd.weights.public import read_public, timm_state
 
 if TYPE_CHECKING:
@@ -58,18 +57,6 @@ def read_weights(weights: str) -> Mapping[str, Tensor]:
     if is_checkpoint(contents):
         return backbone_state(contents, network, str(path))
     return read_public(contents, network, str(path)).backbone
-
-
-def backbone_from_checkpoint(path: str | Path, network: str = "teacher") -> tuple["Backbone", dict[str, Any]]:
-    """The backbone that a checkpoint describes, with the weights of `network`, and the checkpoint's `ssd` part."""
-    checkpoint = read_checkpoint(path)
-    about = checkpoint["ssd"]
-    record = about.get("method", {}).get("init_args", {}).get("backbone")
-    if record is None:
-        raise UserError(f"{path} does not say which backbone its method was built with, so there is none to load.")
-    backbone = build(record)
-    strict_load(backbone.model, backbone_state(checkpoint, network, str(path)), str(path))
-    return backbone, dict(about)
 
 
 def exported_file(folder: Path) -> Path:
