@@ -20,6 +20,7 @@ from ssd.data.dataset import (
     TrainingPictures,
     start_worker,
 )
+from ssd.data.parcel import Packed
 from ssd.data.sampler import EpochSampler
 from ssd.data.sources import Renamed, Source, Subset, held_out, limited
 from ssd.data.statistics import NUM_SURVEYED, survey
@@ -263,7 +264,7 @@ class PictureData(Recorded, pl.LightningDataModule):
         }
         return PictureLoader(
             dataset,
-            collate_fn=collate,
+            collate_fn=Packed(collate) if workers else collate,
             num_workers=workers,
             pin_memory=self._device_type() == "cuda",
             **order,

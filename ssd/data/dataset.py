@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from ssd.batch import Batch
 from ssd.data.broken import UNREADABLE, BrokenPictures
 from ssd.data.cache import Pictures
+from ssd.data.parcel import Parcel
 from ssd.data.sampler import permutation
 from ssd.errors import UserError
 from ssd.views import photometry
@@ -148,14 +149,14 @@ class CollateEvaluation:
 
 
 class PictureLoader(DataLoader):
-    """A DataLoader that gives a user's error from a worker as it would come from this process, bare."""
+    """A DataLoader that unpacks parcels, and gives a user's error from a worker as if it came from here, bare."""
 
     def __iter__(self):
-        return Relayed(super().__iter__(), self.dataset.broken)
+        return Received(super().__iter__(), self.dataset.broken)
 
 
-class Relayed:
-    """An iterator over batches; too many broken pictures are told without the worker's traceback."""
+class Received:
+    """An iterator over batches as they were packed; errors come without the worker's traceback."""
 
     def __init__(self, batches, broken: BrokenPictures):
         self.batches, self.broken = batches, broken
@@ -165,10 +166,11 @@ class Relayed:
 
     def __next__(self):
         try:
-            return next(self.batches)
+            batch = next(self.batches)
         except UserError:
             self.broken.check()
             raise
+        return batch.unpack() if isinstance(batch, Parcel) else batch
 
 
 def start_worker(_: int) -> None:

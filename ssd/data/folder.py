@@ -52,7 +52,7 @@ class FolderSource:
         elif path.is_file():
             self.root = str(path.parent)
             names, given = read_list(path)
-            found, self.classes = classes_of_list(given, path) if labels is not False else (None, None)
+            found, self.classes = classes_of_list(given) if labels is not False else (None, None)
         else:
             raise UserError(f"there is no folder or list '{path}'. Give a folder of pictures or a text file of paths.")
         self._names = ByteTable.of([os.fsencode(name) for name in names])
@@ -157,20 +157,19 @@ def read_list(path: Path) -> tuple[list[str], list[str | None]]:
 
 
 def split_line(line: str) -> tuple[str, str | None]:
-    """Path and label of one line. A space parts them only where no picture file's name would be cut."""
-    line = line.strip("\r\n")
-    for separator in ("\t", ","):
-        if separator in line:
-            name, _, label = line.rpartition(separator)
-            return name.strip(), label.strip() or None
-    line = line.strip()
-    if " " in line and not line.lower().endswith(SUFFIXES):
-        name, label = line.rsplit(None, 1)
-        return name, label
-    return line, None
+    """Path and label of one line. A comma or space parts them only where no picture's name would be cut."""
+    line = line.strip("\r\n ")
+    if "\t" in line:
+        separator = "\t"
+    elif line.lower().endswith(SUFFIXES):
+        return line, None
+    else:
+        separator = "," if "," in line else " "
+    name, found, label = line.rpartition(separator)
+    return (name.strip(), label.strip() or None) if found else (line, None)
 
 
-def classes_of_list(given: Sequence[str | None], path: Path) -> tuple[np.ndarray | None, list[str] | None]:
+def classes_of_list(given: Sequence[str | None]) -> tuple[np.ndarray | None, list[str] | None]:
     """Labels (N,), -1 where a line has none, and class names, None where labels are numbers."""
     words = {label for label in given if label is not None}
     if not words:
@@ -178,10 +177,5 @@ def classes_of_list(given: Sequence[str | None], path: Path) -> tuple[np.ndarray
     if all(word.isdecimal() for word in words):
         return np.fromiter((-1 if label is None else int(label) for label in given), np.int64, len(given)), None
     classes = sorted(words)
-    if len(classes) > 1 and len(classes) == len(given):
-        raise UserError(
-            f"every line of list '{path}' has a label of its own, for instance '{classes[0]}'. Part path and label by "
-            "a tab, or use labels: false."
-        )
     number = {name: place for place, name in enumerate(classes)}
     return np.fromiter((-1 if label is None else number[label] for label in given), np.int64, len(given)), classes
