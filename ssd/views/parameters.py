@@ -1,0 +1,172 @@
+"""What a sample's views look like, drawn as a few small arrays before any pixel is touched.
+
+All views of a sample are drawn at once from a stream of uniform numbers that is a pure function of
+(seed, epoch, index); row v of the stream belongs to view v, so adding views changes none of the others.
+"""
+
+import enum
+import itertools
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ssd.data.randomness import uniforms
+from ssd.views.view import View, Views
+
+TRIES = 10  # torchvision's RandomResizedCrop gives up after as many and takes the centre
+
+
+class Box(enum.IntEnum):
+    """Columns of a box: whole source pixels, and 1 where the view is flipped left to right."""
+
+    LEFT = 0
+    TOP = 1
+    WIDTH = 2
+    HEIGHT = 3
+    FLIP = 4
+
+
+class Colour(enum.IntEnum):
+    """Columns of a view's photometry. A view that an operation leaves alone holds the neutral value.
+
+    BRIGHTNESS, CONTRAST and SATURATION are factors (neutral 1), HUE is a shift in turns (neutral 0);
+    FIRST to FOURTH hold the columns 0 to 3 of these four in the order in which they are applied. GREY is
+    1 where colour is dropped. BLUR is the standard deviation of the blur in px of the view (neutral 0).
+    SOLARIZE is the value from which pixels are inverted (neutral 256).
+    """
+
+    BRIGHTNESS = 0
+    CONTRAST = 1
+    SATURATION = 2
+    HUE = 3
+    FIRST = 4
+    SECOND = 5
+    THIRD = 6
+    FOURTH = 7
+    GREY = 8
+    BLUR = 9
+    SOLARIZE = 10
+
+
+FACTORS = slice(Colour.BRIGHTNESS, Colour.HUE + 1)
+ORDER = slice(Colour.FIRST, Colour.FOURTH + 1)
+ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.float32)  # (24, 4)
+NEUTRAL = np.array([1, 1, 1, 0, 0, 1, 2, 3, 0, 0, 256], dtype=np.float32)
+
+# places in a view's row of uniform numbers
+SHARE_AT = slice(0, 2 * TRIES, 2)
+RATIO_AT = slice(1, 2 * TRIES, 2)
+LEFT_AT, TOP_AT = 2 * TRIES, 2 * TRIES + 1
+AMOUNTS_AT = slice(2 * TRIES + 2, 2 * TRIES + 7)  # brightness, contrast, saturation, hue, blur
+ORDER_AT = 2 * TRIES + 7
+GATES_AT = slice(2 * TRIES + 8, 2 * TRIES + 13)  # flip, jitter, grey, blur, solarize
+DRAWS = 2 * TRIES + 13
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The views of a recipe as arrays with one row a view, all kinds one after another."""
+
+    kinds: dict[str, slice]
+    sizes: dict[str, int]  # px
+    share: tuple[np.ndarray, np.ndarray]  # (V, 1) lowest, range
+    log_ratio: tuple[np.ndarray, np.ndarray]  # (V, 1) lowest, range
+    amounts: tuple[np.ndarray, np.ndarray]  # (V, 5) lowest, range
+    probs: np.ndarray  # (V, 5)
+    threshold: np.ndarray  # (V,)
+    ratio: np.ndarray  # (V, 2)
+
+    def by_kind(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {kind: rows[where] for kind, where in self.kinds.items()}
+
+
+@lru_cache(maxsize=64)
+def settings_of(views: Views) -> Settings:
+    kinds: dict[str, slice] = {}
+    sizes: dict[str, int] = {}
+    flat: list[View] = []
+    for kind, members in views.kinds().items():
+        sizes[kind] = members[0].size
+        kinds[kind] = slice(len(flat), len(flat) + len(members))
+        flat.extend(members)
+
+    share = np.array([view.scale for view in flat])
+    ratio = np.array([view.ratio for view in flat])
+    jitter = np.array([view.jitter for view in flat])
+    radius = np.array([view.blur_radius for view in flat])
+    centre = np.array([1.0, 1.0, 1.0, 0.0])
+    # a factor is never negative, a hue shift is
+    low = np.concatenate([np.maximum(centre - jitter, [0, 0, 0, -1]), radius[:, :1]], axis=1)
+    high = np.concatenate([centre + jitter, radius[:, 1:]], axis=1)
+    return Settings(
+        kinds=kinds,
+        sizes=sizes,
+        share=(share[:, :1], share[:, 1:] - share[:, :1]),
+        log_ratio=(np.log(ratio[:, :1]), np.log(ratio[:, 1:] / ratio[:, :1])),
+        amounts=(low, high - low),
+        probs=np.array([[v.flip, v.jitter_prob, v.grey_prob, v.blur_prob, v.solarize_prob] for v in flat]),
+        threshold=np.array([view.solarize_threshold for view in flat]),
+        ratio=ratio,
+    )
+
+
+def draw(views: Views, height: int, width: int, *place: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Boxes and photometry of every view of one picture, a pure function of `place` = (seed, epoch, index).
+
+    Height and width of the source, px -> kind -> (V, 5) float32 with the columns of `Box`, and
+    kind -> (V, 11) float32 with the columns of `Colour`.
+    """
+    settings = settings_of(views)
+    numbers = uniforms((len(settings.probs), DRAWS), *place)  # (V, DRAWS)
+    gates = numbers[:, GATES_AT] < settings.probs  # (V, 5)
+    boxes = np.empty((len(numbers), len(Box)), dtype=np.float32)
+    boxes[:, : Box.FLIP] = crops(numbers, settings, height, width)
+    boxes[:, Box.FLIP] = gates[:, 0]
+    return settings.by_kind(boxes), settings.by_kind(colours(numbers, gates[:, 1:], settings))
+
+
+def crops(numbers: np.ndarray, settings: Settings, height: int, width: int) -> np.ndarray:
+    """(V, 4) left, top, width, height of crops with the distribution of torchvision's RandomResizedCrop:
+    area share uniform, log of the aspect ratio uniform, the first of ten tries that fits, else the
+    largest centred crop whose aspect ratio is allowed.
+    """
+    area = height * width * (settings.share[0] + settings.share[1] * numbers[:, SHARE_AT])  # (V, TRIES)
+    side = np.sqrt(area)
+    stretch = np.exp(0.5 * (settings.log_ratio[0] + settings.log_ratio[1] * numbers[:, RATIO_AT]))
+    wide = np.rint(side * stretch)
+    high = np.rint(side / stretch)
+    fits = (wide <= width) & (high <= height) & (wide > 0) & (high > 0)
+    first = fits.argmax(axis=1)
+    rows = np.arange(len(numbers))
+    box = np.empty((len(numbers), 4))
+    box[:, 2] = wide[rows, first]
+    box[:, 3] = high[rows, first]
+    box[:, 0] = np.floor(numbers[:, LEFT_AT] * (width - box[:, 2] + 1))
+    box[:, 1] = np.floor(numbers[:, TOP_AT] * (height - box[:, 3] + 1))
+    for row in np.flatnonzero(~fits[rows, first]):
+        box[row] = centre_crop(height, width, *settings.ratio[row])
+    return box
+
+
+def centre_crop(height: int, width: int, narrowest: float, widest: float) -> tuple[int, int, int, int]:
+    """Left, top, width, height of the largest centred crop with width / height within the limits, px."""
+    wide, high = width, height
+    if width / height < narrowest:
+        high = max(round(width / narrowest), 1)
+    elif width / height > widest:
+        wide = max(round(height * widest), 1)
+    return (width - wide) // 2, (height - high) // 2, wide, high
+
+
+def colours(numbers: np.ndarray, gates: np.ndarray, settings: Settings) -> np.ndarray:
+    """(V, 11) float32 with the columns of `Colour`. Gates (V, 4): jitter, grey, blur, solarize."""
+    jitter, grey, blur, solarize = gates.T
+    amounts = settings.amounts[0] + settings.amounts[1] * numbers[:, AMOUNTS_AT]  # (V, 5)
+    drawn = np.tile(NEUTRAL, (len(numbers), 1))
+    drawn[jitter, FACTORS] = amounts[jitter, :4]
+    drawn[jitter, ORDER] = ORDERS[(numbers[jitter, ORDER_AT] * len(ORDERS)).astype(np.intp)]
+    drawn[:, Colour.GREY] = grey
+    drawn[blur, Colour.BLUR] = amounts[blur, 4]
+    drawn[solarize, Colour.SOLARIZE] = settings.threshold[solarize]
+    return drawn

@@ -1,0 +1,187 @@
+"""Drawn crops and colours follow the published distributions and depend on nothing but their place."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.strategies import integers
+from scipy import stats
+from torchvision.transforms import RandomResizedCrop
+
+from ssd.views.parameters import NEUTRAL, ORDER, Box, Colour, draw
+from ssd.views.recipes import DINOViews, PlainViews, views_named
+from ssd.views.view import View, Views
+
+PLACES = 2000
+CHANCE = 1e-3  # a fair draw fails one such test in a thousand; the seeds are fixed
+JITTER = {
+    Colour.BRIGHTNESS: (0.6, 1.4),
+    Colour.CONTRAST: (0.6, 1.4),
+    Colour.SATURATION: (0.8, 1.2),
+    Colour.HUE: (-0.1, 0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Boxes and photometry of the published recipe on a 375x500 picture: kind -> (PLACES, V, columns)"""
+    samples = [draw(DINOViews(), 375, 500, 7, 0, index) for index in range(PLACES)]
+    return tuple(
+        {kind: np.stack([sample[part][kind] for sample in samples]) for kind in samples[0][part]} for part in (0, 1)
+    )
+
+
+def agrees_with_uniform(values: np.ndarray, low: float, high: float) -> bool:
+    assert low <= values.min() and values.max() <= high
+    return stats.kstest(values, stats.uniform(low, high - low).cdf).pvalue > CHANCE
+
+
+def agrees_with_probability(happened: np.ndarray, probability: float) -> bool:
+    return stats.binomtest(int(happened.sum()), happened.size, probability).pvalue > CHANCE
+
+
+def test_the_same_place_gives_the_same_views():
+    for first, second in zip(draw(DINOViews(), 375, 500, 1, 2, 3), draw(DINOViews(), 375, 500, 1, 2, 3), strict=True):
+        for kind in first:
+            np.testing.assert_array_equal(first[kind], second[kind])
+
+
+@pytest.mark.parametrize("place", [(0, 2, 3), (1, 0, 3), (1, 2, 0)], ids=["seed", "epoch", "index"])
+def test_another_place_gives_other_views(place):
+    boxes, photometry = draw(DINOViews(), 375, 500, 1, 2, 3)
+    other_boxes, other_photometry = draw(DINOViews(), 375, 500, *place)
+    assert (boxes["local"][:, :4] != other_boxes["local"][:, :4]).any(axis=1).all()
+    assert not np.array_equal(photometry["local"], other_photometry["local"])
+
+
+def test_more_local_views_change_none_of_the_others():
+    few, many = draw(DINOViews(local_count=2), 375, 500, 0, 0, 5), draw(DINOViews(local_count=9), 375, 500, 0, 0, 5)
+    for a, b in zip(few, many, strict=True):
+        np.testing.assert_array_equal(a["global"], b["global"])
+        np.testing.assert_array_equal(a["local"], b["local"][:2])
+
+
+def test_views_of_one_picture_differ_from_each_other(drawn):
+    for table in drawn[0].values():
+        for one, two in itertools.combinations(range(table.shape[1]), 2):
+            assert np.mean((table[:, one, :4] == table[:, two, :4]).all(axis=1)) < 0.01
+
+
+# 60x200 exceeds the widest ratio, so its large crops often fall back to the centre
+@pytest.mark.parametrize("height, width", [(375, 500), (32, 32), (60, 200), (8, 8)])
+@pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
+def test_crops_are_distributed_like_torchvisions(height, width, scale):
+    torch.manual_seed(0)
+    picture = torch.empty(1, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3]) for _ in range(PLACES)])
+    views = DINOViews(global_scale=scale, local_count=0)
+    ours = np.concatenate([draw(views, height, width, 0, 1, index)[0]["global"] for index in range(PLACES // 2)])
+    columns = {Box.TOP: 0, Box.LEFT: 1, Box.HEIGHT: 2, Box.WIDTH: 3}  # torchvision returns top, left, height, width
+    for box, column in columns.items():
+        assert stats.ks_2samp(ours[:, box], theirs[:, column], method="asymp").pvalue > CHANCE, box.name
+    shares = ours[:, Box.WIDTH] * ours[:, Box.HEIGHT], theirs[:, 2] * theirs[:, 3]
+    assert stats.ks_2samp(*shares, method="asymp").pvalue > CHANCE
+
+
+def test_local_crops_cover_a_uniform_share_of_the_area(drawn):
+    share = drawn[0]["local"][..., Box.WIDTH] * drawn[0]["local"][..., Box.HEIGHT] / (375 * 500)
+    # sides are rounded to whole pixels, half a pixel in about 80
+    assert agrees_with_uniform(share.ravel(), 0.05 - 0.002, 0.4 + 0.002)
+
+
+@settings(max_examples=200, deadline=None)
+@given(height=integers(1, 600), width=integers(1, 600), index=integers(0, 2**31))
+def test_every_crop_is_a_whole_number_of_pixels_inside_the_picture(height, width, index):
+    for table in draw(DINOViews(), height, width, 0, 0, index)[0].values():
+        left, top, wide, high, flip = table.T
+        assert (table == np.rint(table)).all()
+        assert (left >= 0).all() and (top >= 0).all() and (wide >= 1).all() and (high >= 1).all()
+        assert (left + wide <= width).all() and (top + high <= height).all()
+        assert np.isin(flip, (0, 1)).all()
+
+
+@pytest.mark.parametrize(
+    "height, width, box",
+    [
+        (375, 500, (62, 0, 375, 375)),
+        (500, 375, (0, 62, 375, 375)),
+        (32, 32, (0, 0, 32, 32)),
+        (1, 9, (4, 0, 1, 1)),
+    ],
+)
+def test_plain_is_the_largest_centred_square(height, width, box):
+    boxes, photometry = draw(PlainViews(size=32), height, width, 0, 0, 0)
+    np.testing.assert_array_equal(boxes["global"], [[*box, 0]])
+    np.testing.assert_array_equal(photometry["global"], [NEUTRAL])
+
+
+def test_a_picture_that_no_crop_fits_gives_the_centre_like_torchvision():
+    for height, width in ((10, 100), (100, 10)):
+        top, left, high, wide = RandomResizedCrop.get_params(torch.empty(1, height, width), [0.9, 1.0], [3 / 4, 4 / 3])
+        boxes, _ = draw(DINOViews(global_scale=(0.9, 1.0), local_count=0), height, width, 0, 0, 0)
+        np.testing.assert_array_equal(boxes["global"][:, :4], [[left, top, wide, high]] * 2)
+
+
+def test_probabilities_are_the_published_ones(drawn):
+    boxes, photometry = drawn
+    first, second, local = photometry["global"][:, 0], photometry["global"][:, 1], photometry["local"].reshape(-1, 11)
+    for table, blurred, solarized in ((first, 1.0, 0.0), (second, 0.1, 0.2), (local, 0.5, 0.0)):
+        assert agrees_with_probability(table[:, Colour.BRIGHTNESS] != 1, 0.8)
+        assert agrees_with_probability(table[:, Colour.GREY] == 1, 0.2)
+        assert agrees_with_probability(table[:, Colour.BLUR] > 0, blurred)
+        assert agrees_with_probability(table[:, Colour.SOLARIZE] == 128, solarized)
+    for table in boxes.values():
+        assert agrees_with_probability(table[..., Box.FLIP] == 1, 0.5)
+
+
+def test_amounts_are_uniform_over_the_published_ranges(drawn):
+    table = drawn[1]["local"].reshape(-1, 11).astype(float)
+    jittered = table[table[:, Colour.BRIGHTNESS] != 1]
+    for column, (low, high) in JITTER.items():
+        assert agrees_with_uniform(jittered[:, column], low - 1e-6, high + 1e-6), column.name
+    blurred = table[table[:, Colour.BLUR] > 0]
+    assert agrees_with_uniform(blurred[:, Colour.BLUR], 0.1 - 1e-6, 2.0 + 1e-6)
+
+
+def test_all_24_orders_of_the_jitter_come_equally_often(drawn):
+    table = drawn[1]["local"].reshape(-1, 11)
+    orders = table[table[:, Colour.BRIGHTNESS] != 1][:, ORDER]
+    np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(4), (len(orders), 1)))
+    _, counts = np.unique(orders, axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert stats.chisquare(counts).pvalue > CHANCE
+
+
+def test_what_is_drawn_for_one_setting_says_nothing_of_another(drawn):
+    boxes, photometry = (part["local"][:, 0].astype(float) for part in drawn)
+    amounts = np.concatenate([boxes, photometry[:, [0, 1, 2, 3, 8, 9]]], axis=1)
+    # width and height both follow the area; left and top follow what room they leave
+    related = {(i, j) for i in range(4) for j in range(4)}
+    correlation = np.corrcoef(amounts.T)
+    # a jittered view is jittered in all four, but up as often as down, so even these are uncorrelated
+    for i, j in itertools.combinations(range(amounts.shape[1]), 2):
+        assert (i, j) in related or abs(correlation[i, j]) < 4 / np.sqrt(PLACES), (i, j)
+
+
+def test_views_that_are_left_alone_hold_the_neutral_values(drawn):
+    table = drawn[1]["local"].reshape(-1, 11)
+    alone = table[table[:, Colour.BRIGHTNESS] == 1]
+    jitter = slice(Colour.BRIGHTNESS, Colour.FOURTH + 1)
+    np.testing.assert_array_equal(alone[:, jitter], np.tile(NEUTRAL[jitter], (len(alone), 1)))
+
+
+def test_strong_jitter_never_gives_a_negative_factor():
+    class Strong(Views):
+        def kinds(self):
+            return {"global": (View(size=8, jitter=(2.0, 2.0, 2.0, 0.5), jitter_prob=1.0),)}
+
+    table = np.concatenate([draw(Strong(), 8, 8, 0, 0, index)[1]["global"] for index in range(PLACES)]).astype(float)
+    for column in (Colour.BRIGHTNESS, Colour.CONTRAST, Colour.SATURATION):
+        assert agrees_with_uniform(table[:, column], 0.0, 3.0)  # as torchvision: from max(0, 1 - 2) to 1 + 2
+
+
+def test_small_recipe_leaves_small_pictures_sharp():
+    tables = [draw(views_named("dino_small"), 32, 32, 0, 0, index)[1] for index in range(100)]
+    assert all((table[kind][:, Colour.BLUR] == 0).all() for table in tables for kind in ("global", "local"))
