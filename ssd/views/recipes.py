@@ -145,7 +145,7 @@ def views_named(views: str | Views) -> Views:
     """
     if isinstance(views, Views):
         return views
-    if views not in RECIPES:
+    if not isinstance(views, str) or views not in RECIPES:
         raise UserError(
             f"views is {views!r}, which names no recipe. Choose one of {', '.join(sorted(RECIPES))}, "
             "or spell the settings out with class_path ssd.views.recipes.DINOViews."

@@ -46,9 +46,10 @@ def test_spelled_out_views_come_back_as_they_are():
     assert views_named(views) is views
 
 
-def test_an_unknown_recipe_is_answered_with_the_choices():
-    with pytest.raises(UserError, match=r"'dinno'.*dino, dino_small, plain"):
-        views_named("dinno")
+@pytest.mark.parametrize("unknown", ["dinno", {"global_size": 32}, None])
+def test_an_unknown_recipe_is_answered_with_the_choices(unknown):
+    with pytest.raises(UserError, match=r"views is .*(dinno|32|None).*dino, dino_small, plain"):
+        views_named(unknown)
 
 
 @pytest.mark.parametrize(
