@@ -137,6 +137,7 @@ class SelfDistillation(Recorded, pl.LightningModule):
         self.skipped_in_a_row = 0
         self.stop_requested = False
         self.last_report: StepReport | None = None
+        self.config_text: str | None = None
         self._generators: list[dict[str, Tensor]] | None = None
 
     # ------------------------------------------------------------------ a method
@@ -442,6 +443,7 @@ class SelfDistillation(Recorded, pl.LightningModule):
             "method": self.record(),
             "views": describe(self.views),
             "data": datamodule.record() if isinstance(datamodule, Recorded) else None,
+            "config": self.config_text,
             "version": code_version(),
         }
         if datamodule is not None and hasattr(datamodule, "describe_state"):

@@ -1,0 +1,53 @@
+"""`ssd export FILE --to FORMAT --out DIR`: the backbone for others, with proof."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ssd.record import build
+from ssd.summary import write_json
+from ssd.verbs.loading import load_module
+from ssd.weights.export import FORMATS, ExportReport, export_backbone
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ssd export",
+        description="Writes a checkpoint's backbone, loads it in a fresh process by the lines it prints, and compares.",
+    )
+    parser.add_argument("file", help="checkpoint that ssd fit wrote")
+    parser.add_argument("--to", default="timm", choices=FORMATS)
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
+    arguments = parser.parse_args(argv)
+    report = export_checkpoint(arguments.file, arguments.out, arguments.to)
+    write_json(arguments.json, vars(report))
+    console = Console()
+    console.print(f"{report.folder}: largest difference after reloading {report.difference:.2g}. Load it with")
+    console.print(report.code, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def export_checkpoint(file: str | Path, out: str | Path, to: str = "timm") -> ExportReport:
+    """Exports the backbone that probes judge. Raises as `export_backbone`."""
+    module, about = load_module(file)
+    views = build(about["views"])
+    card: dict[str, Any] = {
+        "method": about["method"]["class_path"].rpartition(".")[2],
+        "data": about["data"],
+        "data fingerprint": about["fingerprint"],
+        "steps": module.step,
+        "ssd version": about["version"],
+    }
+    return export_backbone(
+        module.evaluated_backbone,
+        out,
+        to,
+        mean=about["mean"],
+        std=about["std"],
+        input_size=views.evaluation_size,
+        crop=views.evaluation_crop,
+        card=card,
+    )

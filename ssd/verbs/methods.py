@@ -1,0 +1,52 @@
+"""`ssd methods`: every method with its paper, needs and configs."""
+
+import argparse
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ssd.configs_path import config_names
+from ssd.summary import write_json
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ssd methods", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="also write the list as JSON")
+    arguments = parser.parse_args(argv)
+    found = methods()
+    write_json(arguments.json, found)
+    table = Table("method", "what", "paper", "configs")
+    for method in found:
+        table.add_row(method["name"], method["what"], method["paper"], "\n".join(method["configs"]))
+    Console().print(table)
+    return 0
+
+
+def methods() -> list[dict[str, Any]]:
+    """All methods in `lightning_modules`, found by looking: name, what it does, paper, configs."""
+    import lightning_modules
+    from lightning_modules.base import SelfDistillation
+
+    found = []
+    for module_info in pkgutil.iter_modules(lightning_modules.__path__):
+        module = importlib.import_module(f"lightning_modules.{module_info.name}")
+        for name, cls in vars(module).items():
+            if inspect.isclass(cls) and issubclass(cls, SelfDistillation) and cls.__module__ == module.__name__:
+                if cls is SelfDistillation:
+                    continue
+                first, _, rest = inspect.cleandoc(module.__doc__ or "").partition("\n\n")
+                configs = [c for c in config_names() if c == f"method/{module_info.name}" or c.startswith(f"method/{module_info.name}_")]
+                found.append(
+                    {
+                        "name": name,
+                        "what": first.replace("\n", " "),
+                        "paper": rest.split("\n")[0],
+                        "class_path": f"{module.__name__}.{name}",
+                        "configs": configs,
+                    }
+                )
+    return found

@@ -1,0 +1,92 @@
+"""`ssd probe FILE --data ...`: what frozen features are worth."""
+
+import argparse
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ssd.errors import UserError
+from ssd.evaluation.features import Features, extract, pixels
+from ssd.evaluation.protocol import Number
+from ssd.evaluation.suite import MEASURES, evaluate, few_label_report, report_table, table
+from ssd.record import build
+from ssd.summary import number_rows, write_json
+from ssd.verbs.loading import load_data, load_module
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ssd probe",
+        description="Extracts frozen features of a checkpoint's backbone once, then asks kNN, linear, logistic and "
+        "few-label probes and the spectrum. Views and normalisation are the checkpoint's own.",
+        epilog="--data takes a path, a class name or a data config, and --data.KEY VALUE its settings, as in ssd fit; "
+        "without it the checkpoint's own data is used.",
+    )
+    parser.add_argument("file", help="checkpoint that ssd fit wrote")
+    parser.add_argument("--measures", nargs="+", default=list(MEASURES), choices=MEASURES, help="default: all")
+    parser.add_argument("--baselines", action="store_true", help="also raw pixels and the untrained network")
+    parser.add_argument("--draws", type=int, default=20, help="draws of the labelled set of few-label probes")
+    parser.add_argument("--seed", type=int, default=0, help="of splits, draws and the untrained network")
+    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
+    arguments, rest = parser.parse_known_args(argv)
+
+    module, about = load_module(arguments.file)
+    data = load_data(rest, about, "probe")
+    console = Console()
+    settings = {"device": arguments.device, "precision": arguments.precision}
+    backbone = module.evaluated_backbone.to(arguments.device)
+    bank, queries = features_of(backbone, data, arguments.measures, "pretrained", **settings)
+    numbers = evaluate(
+        bank.features,
+        bank.labels,
+        queries.features,
+        queries.labels,
+        measures=arguments.measures,
+        draws=arguments.draws,
+        seed=arguments.seed,
+    )
+    console.print(table(numbers, title=f"{arguments.file}: {len(bank.labels)} training, {len(queries.labels)} test samples"))
+    content: dict[str, Any] = {"file": arguments.file, "numbers": number_rows(numbers)}
+    if arguments.baselines:
+        report = compare_with_baselines(about, data, bank, queries, arguments.draws, arguments.seed, **settings)
+        console.print(report_table(report, title="beside raw pixels and the untrained network"))
+        content["baselines"] = {name: {key: vars(n) for key, n in row.items()} for name, row in report.items()}
+    write_json(arguments.json, content)
+    return 0
+
+
+def features_of(
+    backbone: torch.nn.Module, data: Any, measures: list[str], name: str, **settings: Any
+) -> tuple[Features, Features]:
+    """Features of the training and the test samples. Raises UserError where a measure needs labels and there are none."""
+    loaders = data.test_dataloader()
+    if len(loaders) < 2 and set(measures) != {"spectrum"}:
+        raise UserError(
+            "the data has no labels, which kNN and linear probes need. Give data with labels (class folders, a list file "
+            "with labels, or a label column) by --data, or ask for --measures spectrum."
+        )
+
+    def embed(pictures: torch.Tensor) -> torch.Tensor:
+        return backbone(pictures).pooled()
+
+    parts = [extract(embed, loader, progress=f"{name} features", **settings) for loader in loaders]
+    return parts[0], parts[-1]
+
+
+def compare_with_baselines(
+    about: dict[str, Any], data: Any, bank: Features, queries: Features, draws: int, seed: int, **settings: Any
+) -> dict[str, dict[str, Number]]:
+    """Rows pixels, untrained and pretrained of the same four numbers, on the same draws of labels."""
+    torch.manual_seed(seed)
+    fresh = build(about["method"]).eval().evaluated_backbone.to(settings["device"])
+    untrained = features_of(fresh, data, ["knn"], "untrained", **settings)
+    raw = [pixels(loader) for loader in data.test_dataloader()]
+    rows = {
+        "pixels": (raw[0].features, raw[1].features),
+        "untrained": (untrained[0].features, untrained[1].features),
+        "pretrained": (bank.features, queries.features),
+    }
+    return few_label_report(rows, bank.labels, queries.labels, draws=draws, seed=seed)
