@@ -26,6 +26,7 @@ OWN_VERBS = {
     "export": "write the backbone for timm or as safetensors, and prove it",
     "methods": "list the methods with their papers and configs",
     "verify": "prove on this machine that resume is exact",
+    "quickstart": "pretrain on the bundled digits and compare with pixels and an untrained network",
 
 }
 
