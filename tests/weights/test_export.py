@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import timm
@@ -104,7 +105,7 @@ def test_a_difference_is_an_error_and_leaves_no_proof(tmp_path, monkeypatch, sam
     backbone, answers = tiny_vit(img_size=32), export.answers_elsewhere
     export_backbone(backbone, tmp_path, input_size=32, **THREE)
     assert (tmp_path / "export.json").exists()
-    for fault in (2e-4, float("nan")):
+    for fault in (1e-3, float("nan")):
         changed = lambda *a, fault=fault: {key: value + fault for key, value in answers(*a).items()}  # noqa: E731
         monkeypatch.setattr(export, "answers_elsewhere", changed)
         with pytest.raises(RuntimeError, match="differs"):
@@ -146,3 +147,13 @@ def test_impossible_exports_are_refused(tmp_path, settings, message):
     with pytest.raises(UserError, match="plain data"):
         arguments = {**TINY, "norm_layer": torch.nn.LayerNorm}
         export_backbone(ViT("vit_tiny_patch16_224", arguments=arguments), tmp_path, input_size=32, **THREE)
+
+
+def test_the_difference_is_absolute_for_small_features_and_a_share_of_large_ones():
+    small = {"pooled": torch.tensor([0.1, 0.2]), "features": torch.tensor([0.5])}
+    moved = {"pooled": torch.tensor([0.1, 0.3]), "features": torch.tensor([0.5])}
+    assert export.compare(small, moved) == pytest.approx(0.1)
+    large = {name: value * 1000 for name, value in small.items()}
+    assert export.compare(large, {name: value * 1000 for name, value in moved.items()}) == pytest.approx(0.5)
+    for name in small:
+        assert math.isnan(export.compare(small, moved | {name: torch.tensor([float("nan")])}))
