@@ -108,7 +108,8 @@ class ConvNet(Backbone):
         self.require(*(ability for ability, value in asked.items() if value is not None), by="this forward")
         self.check_input(x)
         self.use_fitting_attention(x)
-        x = self.padded(x)
+        # convolutions follow their input's layout, and are faster so; weights stay as they are for sharding
+        x = self.padded(x).contiguous(memory_format=torch.channels_last)
         if taps:
             wanted = tap_names(taps, self.num_blocks, self.num_blocks, self.name)
             features, maps = self.tapped(x, wanted)
