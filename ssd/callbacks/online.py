@@ -22,11 +22,14 @@ class OnlineEvaluation(pl.Callback):
     bank) and `val/spectrum/rankme` (of the bank); the last alone where bank or queries have no labels, or where
     features are not finite. Lightning's check before training is left out.
 
-    `numbers` holds the last result with its protocols.
+    Attributes:
+        numbers: the last result with its protocols.
+        step: how many steps the module had done then, -1 before the first result.
     """
 
     def __init__(self) -> None:
         self.numbers: list[Number] = []
+        self.step = -1
         self._parts: dict[int, list[Features]] = {BANK: [], QUERIES: []}
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -55,5 +58,6 @@ class OnlineEvaluation(pl.Callback):
             return
         with torch.no_grad():
             self.numbers = monitor(bank.features, bank.labels, queries.features, queries.labels)
+        self.step = int(getattr(pl_module, "step", -1))
         for number in self.numbers:
             pl_module.log(f"val/{number.name}", number.value, sync_dist=True, batch_size=len(bank.index))
