@@ -103,9 +103,9 @@ class PictureData(Recorded, pl.LightningDataModule):
         self.photometry = photometry
         self.start_method = start_method
 
-        self.mean: list[float] | None = None
-        self.std: list[float] | None = None
-        self.views: Views | None = None
+        self.mean: list[float]
+        self.std: list[float]
+        self.views: Views
         self._training: TrainingPictures | None = None
 
     def sources(self) -> tuple[Source, Source | None]:
@@ -121,7 +121,8 @@ class PictureData(Recorded, pl.LightningDataModule):
     @cached_property
     def _parts(self) -> tuple[Source, Source | None, Source]:
         """What is trained on, the labelled bank or None, and what is held out or looked at."""
-        everything, separate = self._sources
+        everything, given = self._sources
+        separate: Source | None = given
         if separate is not None and separate.labels is not None:
             if everything.labels is None:
                 # labels only in the held-out part: one half of it is the bank of the other
@@ -141,7 +142,7 @@ class PictureData(Recorded, pl.LightningDataModule):
             training = limited(Subset(everything, rows), self.limit)
             return training, training, Subset(everything, held)
         training = limited(everything, self.limit)
-        return training, None, limited(separate or training, self.evaluation_limit)
+        return training, None, limited(training if separate is None else separate, self.evaluation_limit)
 
     @property
     def source(self) -> Source:
@@ -162,7 +163,7 @@ class PictureData(Recorded, pl.LightningDataModule):
             return 0
         if bank.classes is not None:
             return len(bank.classes)
-        return int(max(bank.labels.max(), queries.labels.max())) + 1
+        return max(int(part.labels.max()) for part in (bank, queries) if part.labels is not None) + 1
 
     def fingerprint(self) -> str:
         """Of what is trained on: its names or footers and the choice of samples."""
@@ -175,22 +176,23 @@ class PictureData(Recorded, pl.LightningDataModule):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        if self.trainer.overfit_batches:
+        trainer: Any = self.trainer
+        if trainer.overfit_batches:
             raise UserError(
-                f"trainer.overfit_batches: {self.trainer.overfit_batches} would replace the sampler. "
+                f"trainer.overfit_batches: {trainer.overfit_batches} would replace the sampler. "
                 "Use data.limit to train on few samples."
             )
-        micro_batches = getattr(self.trainer.lightning_module, "micro_batches", 1)
+        micro_batches = getattr(trainer.lightning_module, "micro_batches", 1)
         if self.batch_size % micro_batches:
             raise UserError(
                 f"micro_batches: {micro_batches} does not divide data.batch_size {self.batch_size}. Use a divisor."
             )
-        self.prepare(self.trainer.lightning_module.views)
+        self.prepare(trainer.lightning_module.views)
 
     def prepare(self, views: str | Views) -> None:
         """Opens the data and measures it. Raises UserError where it cannot be used."""
         views = views_named(views)
-        if self._training is not None and views == self.views:
+        if self._training is not None and views == self._training.views:
             return
         self.views = views
         source = self.source
@@ -256,7 +258,7 @@ class PictureData(Recorded, pl.LightningDataModule):
 
     def _loader(self, dataset: Any, collate: Any, *, persistent: bool = False, **order: Any) -> PictureLoader:
         workers = self._workers()
-        apart = {
+        apart: dict[str, Any] = {
             "multiprocessing_context": multiprocessing.get_context(self.start_method),
             "persistent_workers": persistent,
             "prefetch_factor": PREFETCHED,

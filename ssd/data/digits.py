@@ -18,7 +18,7 @@ class DigitsSource:
     UCI 1998; the copy inside scikit-learn.
     """
 
-    classes = [str(digit) for digit in range(10)]
+    classes: list[str] | None = [str(digit) for digit in range(10)]
 
     def __init__(self, split: str = "train"):
         if split not in ("train", "val"):

@@ -77,10 +77,10 @@ class FolderSource:
 
     def fingerprint(self) -> str:
         """Of names and labels, not of what the files hold; the same wherever the folder lies."""
-        state = hashlib.sha256(self._names.content())
-        state.update(self._names.ends())
+        state = hashlib.sha256(self._names.content().data)
+        state.update(self._names.ends().data)
         if self._labels is not None:
-            state.update(self._labels.array)
+            state.update(self._labels.array.data)
         return state.hexdigest()
 
 

@@ -30,7 +30,7 @@ class SharedArray:
     def array(self) -> np.ndarray:
         if self._view is None:
             count = int(np.prod(self.shape))
-            self._view = np.frombuffer(self._block, self.dtype, count).reshape(self.shape)
+            self._view = np.frombuffer(memoryview(self._block), self.dtype, count).reshape(self.shape)
         return self._view
 
     def __getstate__(self) -> dict[str, Any]:

@@ -68,8 +68,11 @@ class ParquetSource:
         self._table: ByteTable | None = None
         self._recent: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
-        labels, self.classes = read_labels(files, self.label_column) if self.label_column else (None, None)
-        self._labels = None if labels is None else SharedArray.of(labels)
+        self.classes: list[str] | None = None
+        self._labels: SharedArray | None = None
+        if self.label_column is not None:
+            labels, self.classes = read_labels(files, self.label_column)
+            self._labels = SharedArray.of(labels)
         self._fingerprint = fingerprint_of(self.paths)
 
     def __len__(self) -> int:

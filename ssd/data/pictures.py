@@ -83,7 +83,7 @@ def decode_any(data: bytes, channels: int) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata in pictures that it reads
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data))
             if channels == 1:
                 image.draft("L", None)  # a JPEG's own luma, as the fast decoder reads it
             image.load()

@@ -78,16 +78,21 @@ class Subset:
 
 
 class Renamed:
-    """A source with its labels numbered like another's `classes`, so that the two can be compared."""
+    """A source with names of classes, its labels numbered like another's `classes`, so that the two can be compared.
+
+    Raises UserError for a class that is not among them.
+    """
 
     def __init__(self, source: Source, classes: list[str]):
+        assert source.classes is not None and source.labels is not None
         unknown = sorted(set(source.classes) - set(classes))
         if unknown:
             raise UserError(
                 f"the held-out data has classes that the training data lacks: {', '.join(unknown[:10])}. Training has "
                 f"{', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}. Give two parts of one data set."
             )
-        self.source, self.classes = source, classes
+        self.source = source
+        self.classes: list[str] | None = classes
         number = np.array([*(classes.index(name) for name in source.classes), -1])
         self._labels = SharedArray.of(number[source.labels])
 
@@ -95,7 +100,7 @@ class Renamed:
         return len(self.source)
 
     @property
-    def labels(self) -> np.ndarray | None:
+    def labels(self) -> np.ndarray:
         return self._labels.array
 
     def open(self, index: int) -> bytes | np.ndarray:

@@ -64,7 +64,12 @@ def test_16_bit_grey_keeps_black_white_and_order(kind):
 
 def test_cmyk_jpeg_shows_the_colours_that_went_in():
     picture = scene()
-    assert np.abs(decode(encoded(Image.fromarray(picture).convert("CMYK"), "JPEG", quality=95)).astype(int) - picture).mean() < 3
+    assert (
+        np.abs(
+            decode(encoded(Image.fromarray(picture).convert("CMYK"), "JPEG", quality=95)).astype(int) - picture
+        ).mean()
+        < 3
+    )
 
 
 def test_floats_are_refused_because_nothing_tells_their_range():

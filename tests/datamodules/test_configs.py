@@ -1,0 +1,30 @@
+"""The data configs name what exists."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from datamodules.digits import Digits
+from datamodules.images import Images
+from ssd.record import build
+
+CLASSES = {cls.__name__: cls for cls in (Digits, Images)}
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_data_config_builds_and_says_only_what_differs(path):
+    config = yaml.safe_load(path.read_text())
+    assert set(config) == {"data"}
+    cls = CLASSES[config["data"]["class_path"]]
+    given = config["data"].get("init_args", {})
+    defaults = {**signature(Images.__mro__[1]), **signature(cls)}
+    assert all(name in defaults and defaults[name] != value for name, value in given.items())
+    data = build({"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": given})
+    assert data.record()["init_args"] == given
+
+
+def signature(cls) -> dict:
+    return {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
