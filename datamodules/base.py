@@ -70,7 +70,7 @@ class PictureData(Recorded, pl.LightningDataModule):
         val_share: float = 0.1,
         limit: int | None = None,
         evaluation_limit: int | None = 10_000,
-        cache: str | bool = "auto",
+        cache: bool | str = "auto",
         photometry: str = "auto",
         start_method: str | None = None,
     ):

@@ -28,7 +28,7 @@ class Images(PictureData):
         path: str | Path,
         val_path: str | Path | None = None,
         *,
-        labels: str | bool = "auto",
+        labels: bool | str = "auto",
         **loading: Any,
     ):
         super().__init__(**loading)

@@ -35,7 +35,7 @@ class FolderSource:
             Of a list: "auto" and True = what it says, False = none.
     """
 
-    def __init__(self, path: str | Path, labels: str | bool = "auto"):
+    def __init__(self, path: str | Path, labels: bool | str = "auto"):
         if labels not in LABEL_CHOICES:
             raise UserError(f"labels is {labels!r}. Use 'auto', true (folder names are the classes) or false.")
         path = Path(path)
@@ -114,7 +114,7 @@ def picture_files(root: str) -> Iterator[str]:
 
 
 def classes_of_folders(
-    names: Sequence[str], root: Path, labels: str | bool
+    names: Sequence[str], root: Path, labels: bool | str
 ) -> tuple[np.ndarray | None, list[str] | None]:
     """Labels (N,) and classes from the first folder of each relative path, as `FolderSource` says."""
     if labels is False:

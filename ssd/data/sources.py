@@ -116,7 +116,7 @@ class Renamed:
         return self.source.fingerprint()
 
 
-def open_source(path: str | Path, labels: str | bool = "auto") -> Source:
+def open_source(path: str | Path, labels: bool | str = "auto") -> Source:
     """The source that `path` stands for, recognised from what it is.
 
     A folder of pictures at any depth, a text file that lists them, a Parquet file, a folder of Parquet

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
+from datamodules.base import PictureData
 from datamodules.digits import Digits
 from datamodules.images import Images
 from ssd.record import build
@@ -28,3 +30,22 @@ def test_each_data_config_builds_and_says_only_what_differs(path):
 
 def signature(cls) -> dict:
     return {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+
+
+@pytest.mark.parametrize(
+    ("typed", "arguments"),
+    [
+        (["--data.cache", "false", "--data.labels", "true"], {"cache": False, "labels": True}),
+        (["--data.cache", "auto", "--data.normalize", "imagenet"], {"cache": "auto", "normalize": "imagenet"}),
+        (
+            ["--data.channels", "1", "--data.normalize", "{mean: [0.5], std: [0.25]}"],
+            {"channels": 1, "normalize": {"mean": [0.5], "std": [0.25]}},
+        ),
+    ],
+)
+def test_settings_arrive_from_a_command_line_as_they_are_meant(typed, arguments):
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(PictureData, "data")
+    config = parser.parse_args(["--data", "Images", "--data.path", "somewhere", *typed])
+    given = parser.instantiate_classes(config).data.record()["init_args"]
+    assert given["path"] == "somewhere" and arguments.items() <= given.items()
