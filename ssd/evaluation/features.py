@@ -18,7 +18,7 @@ class Features(NamedTuple):
 
     features: Tensor
     labels: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
 
 
 def extract(
@@ -38,9 +38,9 @@ def extract(
     if precision not in AUTOCAST:
         raise UserError(f"precision = '{precision}' is unknown for features; choose one of {', '.join(AUTOCAST)}.")
     device = torch.device(device)
-    training = isinstance(embed, nn.Module) and embed.training
-    if training:
-        embed.eval()
+    modes = [(part, part.training) for part in embed.modules()] if isinstance(embed, nn.Module) else []
+    for part, _ in modes:
+        part.training = False
     parts = []
     try:
         with torch.no_grad(), torch.autocast(device.type, AUTOCAST[precision], enabled=AUTOCAST[precision] is not None):
@@ -48,8 +48,8 @@ def extract(
                 features = embed(batch["picture"].to(device, non_blocking=True))
                 parts.append(Features(features.float(), batch["label"].to(device), batch["index"].to(device)))
     finally:
-        if training:
-            embed.train()
+        for part, mode in modes:
+            part.training = mode
     whole = gathered(parts, device)
     if not len(whole.index):
         raise UserError("the loader gave no pictures to embed: the set is empty, or every picture in it is broken.")

@@ -28,7 +28,7 @@ def few_label_accuracy(
     l2: float = 1.0,
     num_classes: int | None = None,
 ) -> Tensor:
-    """Accuracy on the test set of each draw of `per_class` labels per class. (draws,) float32 in [0, 1].
+    """Accuracy on the test set of each draw of `per_class` labels per class. (draws,) float64 in [0, 1].
 
     (N, D), (N,), (Q, D), (Q,). Features are standardised over the whole training set, labelled or not. `l2`
     multiplies half the squared length of the weights, beside the sum of the cross-entropy over the labelled
@@ -41,11 +41,11 @@ def few_label_accuracy(
     drawn = balanced_draws(train_labels, per_class, draws, seed)                 # (draws, M)
     numbers = drawn.shape[1] * (train.shape[1] + num_classes) + len(test) * num_classes
     few = drawn.shape[1] < train.shape[1]                                        # then the axes of a draw are fewer
-    everywhere = None if few else principal_axes(train)[0]
+    shared = None if few else principal_axes(train)[0]
     accuracies = []
     for rows in drawn.split(max(1, NUMBERS_AT_ONCE // numbers)):
-        basis = principal_axes(train[rows])[0] if few else everywhere            # (draws, D, R) or (D, R)
+        basis = principal_axes(train[rows])[0] if shared is None else shared     # (draws, D, R) or (D, R)
         heads = fit_logistic(train[rows] @ basis, train_labels[rows], torch.full((len(rows),), l2), num_classes)
         heads = Heads(basis @ heads.weight, heads.bias)
-        accuracies.append((heads.logits(test).argmax(2) == test_labels).float().mean(1))
+        accuracies.append((heads.logits(test).argmax(2) == test_labels).double().mean(1))
     return torch.cat(accuracies)

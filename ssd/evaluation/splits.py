@@ -38,8 +38,8 @@ def held_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
             f"{len(labels)} training samples in {np.count_nonzero(counts)} classes leave none to hold out for choosing "
             "a setting. Give more labelled samples, or one fixed value of the setting."
         )
-    parts = np.sort(order[~held]), np.sort(order[held])
-    return tuple(torch.from_numpy(part).to(labels.device) for part in parts)
+    fit, rest = (torch.from_numpy(np.sort(part)).to(labels.device) for part in (order[~held], order[held]))
+    return fit, rest
 
 
 def balanced_draws(labels: Tensor, per_class: int, draws: int, seed: int) -> Tensor:
