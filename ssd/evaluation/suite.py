@@ -92,8 +92,9 @@ def few_label_report(
     `features` maps the name of a row to its training (N, D) and test features (Q, D), all of the same
     samples; D may differ. Each row gets `knn` (k 20, centred), `linear` (logistic regression on all labels),
     `linear_1pct` and `linear_10pct` (the same on that share of the labels, at least one per class, mean and
-    standard deviation over `draws`). Raises UserError where a row has another number of samples.
+    standard deviation over `draws`). Raises UserError where a row has another number of samples or a label is missing.
     """
+    check_labels("the comparison", training=train_labels, test=test_labels)
     report = {}
     few = {"linear_1pct": labels_per_class(train_labels, 0.01), "linear_10pct": labels_per_class(train_labels, 0.1)}
     everything = int(train_labels.bincount().max())

@@ -107,8 +107,10 @@ def test_pixels_of_digits_need_labels():
     assert row["linear_10pct"].spread < row["linear_1pct"].spread
 
 
-def test_rows_of_other_samples_are_refused():
+def test_rows_of_other_samples_and_missing_labels_are_refused():
     train, labels = clouds(50)
+    with pytest.raises(UserError, match="1 of the 50 test samples have none"):
+        few_label_report({"full": (train, train)}, labels, torch.where(torch.arange(50) == 4, -1, labels))
     with pytest.raises(UserError, match="row 'short' has 49 training"):
         few_label_report({"full": (train, train), "short": (train[1:], train)}, labels, labels)
 
