@@ -1,9 +1,12 @@
 """The `ssd` command: Lightning's verbs (fit, validate, test, predict) and our own beside them."""
 
+import difflib
 import importlib
+import inspect
 import logging
 import os
 import pkgutil
+import re
 import sys
 import time
 import warnings
@@ -167,7 +170,63 @@ def run_lightning(verb: str, argv: list[str]) -> int:
         raise UserError(str(error)) from error
     except SystemExit as end:
         return int(end.code or 0)
+    except Exception as error:
+        # the parser wraps what a class raised while it was built
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise
     return 0
+
+
+HINT = "ssd VERB --help lists all settings."
+
+
+def setting_message(message: str) -> str:
+    """The parser's nested report, cut to which setting, what was given and what was expected."""
+    if not message.startswith('Parser key "'):
+        # either short already, or a part that the parser puts into a longer report, cut there
+        return message
+    keys = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    inner = re.search(rf"^\s*- (.*) {re.escape(HINT)}", message, re.MULTILINE)
+    if inner is not None:
+        return f"{keys}.{inner[1]} {HINT}"
+    owners = re.findall(r"'class_path': '([\w.]+)'", message)
+    given = re.findall(r"Given value: (.*)", message)
+    unknown = re.search(r"Option '([^']+)' is not accepted", message)
+    if unknown is not None:
+        name = unknown[1].rpartition(".")[2]
+        owner = next((cls for cls in owners if settings_of(cls)), "DINO")
+        near = difflib.get_close_matches(name, settings_of(owner), n=3)
+        hint = f" Nearest of {owner.rpartition('.')[2]}: {', '.join(near)}." if near else ""
+        return f"'{name}' is not a setting of {keys}.{hint} {HINT}"
+    subtypes = re.findall(r"Subtypes: \[(.*)\]", message)
+    if subtypes and given:
+        kinds = re.findall(r"<class '([\w.]+)'>|(?<![\w'.])([\w.]+\[[^\]]*\]|\w+)(?=,|$)", subtypes[-1])
+        expected = [(a or b).rpartition(".")[2] if a else b for a, b in kinds]
+        expected = [{"NoneType": "null", "str": "text"}.get(kind, kind) for kind in expected]
+        value = re.sub(r"^NestedArg\(key='[^']*', val='?(.*?)'?\)$", r"\1", given[0])
+        return f"{keys}: {value} was given, expected {' or '.join(expected)}. {HINT}"
+    return f"{message}\n{HINT}"
+
+
+def settings_of(class_name: str) -> list[str]:
+    """Names of the settings of a class, its bases included; none for a class that is not ours."""
+    from datamodules.base import PictureData
+    from lightning_modules.base import SelfDistillation
+    from ssd.backbones.base import Backbone
+    from ssd.optim import OptimizerRule
+    from ssd.schedules import Schedule
+    from ssd.views.view import Views
+
+    for base in (SelfDistillation, PictureData, Backbone, OptimizerRule, Schedule, Views):
+        for cls in subclasses(base):
+            if cls.__name__ == class_name.rpartition(".")[2]:
+                ours = [c for c in cls.__mro__ if c.__module__.split(".")[0] in ("ssd", "lightning_modules", "datamodules")]
+                return [name for c in ours for name in inspect.signature(c.__init__).parameters if name != "self"]
+    return []
 
 
 def quiet_warnings() -> None:
@@ -215,7 +274,7 @@ def command_class():
         """Says what is wrong with a setting without the usage of two hundred others."""
 
         def error(self, message: str, ex: Exception | None = None) -> None:
-            raise UserError(f"{message}\nssd VERB --help lists all settings.") from ex
+            raise UserError(setting_message(message)) from ex
 
     class Command(LightningCLI):
         """fit, validate, test and predict with our callbacks, folders and defaults."""
