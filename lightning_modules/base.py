@@ -355,7 +355,9 @@ class SelfDistillation(Recorded, pl.LightningModule):
         self.log("train/schedule/weight_decay", groups[0]["weight_decay"])
         for name, value in vars(self).items():
             if isinstance(value, Schedule) and name not in ("lr", "weight_decay"):
-                self.log(f"train/schedule/{name}", value_at(value, self.step - 1, self.total_steps, self.steps_per_epoch))
+                self.log(
+                    f"train/schedule/{name}", value_at(value, self.step - 1, self.total_steps, self.steps_per_epoch)
+                )
 
     def setup(self, stage: str) -> None:
         if stage != "fit":

@@ -78,7 +78,7 @@ class DINO(SelfDistillation):
         kinds = self.views.kinds()
         if "global" not in kinds or sum(map(len, kinds.values())) < 2:
             raise UserError(
-                f"views: this recipe gives {({kind: len(views) for kind, views in kinds.items()})}, but DINO needs a 'global' "
+                f"views: this recipe gives { ({kind: len(views) for kind, views in kinds.items()}) }, but DINO needs a 'global' "
                 "kind and at least two views in all, so that one can predict another. Use the recipe 'dino'."
             )
 

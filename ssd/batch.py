@@ -44,11 +44,13 @@ class Masks:
 
     def part(self, number: int, of: int) -> "Masks":
         """Slice `number` of `of` equal slices along B. G must be a multiple of `of`."""
-        groups = (lambda t: None if t is None else rows(t, number, of, dim=0))
-        views = (lambda t: None if t is None else rows(t, number, of, dim=1))
+        groups = lambda t: None if t is None else rows(t, number, of, dim=0)
+        views = lambda t: None if t is None else rows(t, number, of, dim=1)
         if self.flat is not None and self.flat.shape[0] != of and of != 1:
             raise ValueError(f"masks were drawn for {self.flat.shape[0]} slices and cannot be cut into {of}.")
-        return Masks(views(self.boolean), views(self.masked), views(self.visible), groups(self.flat), groups(self.weight))
+        return Masks(
+            views(self.boolean), views(self.masked), views(self.visible), groups(self.flat), groups(self.weight)
+        )
 
     def flat_in_whole(self) -> Tensor:
         """`flat` as indices into the (V, B, N) tokens of all slices together. (G * U,)"""
@@ -93,7 +95,7 @@ class Batch:
         """Slice `number` of `of` equal slices along B; `total` stays that of the whole step."""
         if of == 1:
             return self
-        view_major = (lambda table: {name: rows(t, number, of, dim=1) for name, t in table.items()})
+        view_major = lambda table: {name: rows(t, number, of, dim=1) for name, t in table.items()}
         return Batch(
             views=view_major(self.views),
             index=rows(self.index, number, of, dim=0),

@@ -30,7 +30,6 @@ OWN_VERBS = {
     "methods": "list the methods with their papers and configs",
     "verify": "prove on this machine that resume is exact",
     "quickstart": "pretrain on the bundled digits and compare with pixels and an untrained network",
-
 }
 
 
@@ -224,7 +223,9 @@ def settings_of(class_name: str) -> list[str]:
     for base in (SelfDistillation, PictureData, Backbone, OptimizerRule, Schedule, Views):
         for cls in subclasses(base):
             if cls.__name__ == class_name.rpartition(".")[2]:
-                ours = [c for c in cls.__mro__ if c.__module__.split(".")[0] in ("ssd", "lightning_modules", "datamodules")]
+                ours = [
+                    c for c in cls.__mro__ if c.__module__.split(".")[0] in ("ssd", "lightning_modules", "datamodules")
+                ]
                 return [name for c in ours for name in inspect.signature(c.__init__).parameters if name != "self"]
     return []
 

@@ -143,7 +143,9 @@ class Clip:
         if self.over not in ("tensor", "module", "all"):
             raise UserError(f"clip over '{self.over}' is unknown. Choose 'tensor', 'module' or 'all'.")
         if not self.max_norm > 0:
-            raise UserError(f"clip at max_norm {self.max_norm} would erase gradients. Use a positive norm, or null for none.")
+            raise UserError(
+                f"clip at max_norm {self.max_norm} would erase gradients. Use a positive norm, or null for none."
+            )
 
     def apply(self, gradients: list[Tensor], norms: Tensor, modules: list[str]) -> None:
         """Scales `gradients` in place by max_norm / (norm + 1e-6) where that is below 1.

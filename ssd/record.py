@@ -88,4 +88,6 @@ def import_class(path: str) -> type:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"class '{path}' cannot be imported ({error}). Is the package that defines it installed?") from None
+        raise UserError(
+            f"class '{path}' cannot be imported ({error}). Is the package that defines it installed?"
+        ) from None

@@ -22,7 +22,9 @@ def in_steps(length: Length, total: int, steps_per_epoch: int) -> int:
                 return round(float(count) * scale)
         except ValueError:
             pass
-        raise UserError(f"length '{length}' is not understood. Write a share of the run (0.1), '10 epochs' or '500 steps'.")
+        raise UserError(
+            f"length '{length}' is not understood. Write a share of the run (0.1), '10 epochs' or '500 steps'."
+        )
     if not 0 <= length <= 1:
         raise UserError(
             f"length {length} is not a share of the run in [0, 1]. For a count write its unit: '{length:g} epochs'."
@@ -47,7 +49,9 @@ class Schedule:
         """The value in force during optimiser step `step` (from 0) of `total`."""
         if self.every == "epoch":
             step, epochs = step // steps_per_epoch, math.ceil(total / steps_per_epoch)
-            return self._value(step, epochs, lambda length: round(in_steps(length, total, steps_per_epoch) / steps_per_epoch))
+            return self._value(
+                step, epochs, lambda length: round(in_steps(length, total, steps_per_epoch) / steps_per_epoch)
+            )
         return self._value(step, total, lambda length: in_steps(length, total, steps_per_epoch))
 
     def scaled(self, factor: float) -> "Schedule":

@@ -63,7 +63,11 @@ class Keep(torch.nn.Module):
 
 def test_a_branch_answers_views_in_their_order_with_one_pass_a_size():
     branch = Branch(Mean(), Keep())
-    views = {"global": torch.randn(2, 3, 4, 8, 8), "local": torch.randn(5, 3, 4, 4, 4), "more": torch.randn(1, 3, 4, 4, 4)}
+    views = {
+        "global": torch.randn(2, 3, 4, 8, 8),
+        "local": torch.randn(5, 3, 4, 4, 4),
+        "more": torch.randn(1, 3, 4, 4, 4),
+    }
     features = branch(views)
     expected = torch.cat([v.mean((3, 4)) for v in views.values()])
     assert_close(features, expected)

@@ -61,7 +61,9 @@ def test_a_teacher_is_no_source_of_gradients_or_noise():
 
 
 def test_a_teacher_keeps_its_mode_whatever_its_holder_does():
-    holder = nn.ModuleDict({"own": EMA(network(), "own"), "average": EMA(network(), "average"), "frozen": Frozen(network())})
+    holder = nn.ModuleDict(
+        {"own": EMA(network(), "own"), "average": EMA(network(), "average"), "frozen": Frozen(network())}
+    )
     holder.train()
     assert [holder[name].network.training for name in holder] == [True, False, False]
     holder.eval()

@@ -115,7 +115,7 @@ class ConvNet(Backbone):
             features, maps = self.tapped(x, wanted)
         else:
             features, maps = self.model.forward_features(x), {}
-        last = self.channels_last(features)                                 # (B, h, w, D)
+        last = self.channels_last(features)  # (B, h, w, D)
         return Tokens(
             patches=last.flatten(1, 2),
             grid=(last.shape[1], last.shape[2]),
@@ -139,7 +139,7 @@ class ConvNet(Backbone):
         if any(name.endswith(".mlp") for name in names):
             raise UserError(f"taps {names}: '{self.name}' has stages, without one MLP each. Use numbers.")
         numbers = sorted({int(name.removeprefix("block")) for name in names})
-        before = len(self.model.feature_info) - self.num_blocks             # a stem counts in timm's numbering
+        before = len(self.model.feature_info) - self.num_blocks  # a stem counts in timm's numbering
         features, maps = self.model.forward_intermediates(x, indices=[before + number - 1 for number in numbers])
         return features, {f"block{number}": taken for number, taken in zip(numbers, maps, strict=True)}
 

@@ -13,7 +13,7 @@ from ssd.backbones.base import Backbone, create, say_padding, tap_names
 from ssd.batch import Tokens
 from ssd.errors import UserError
 
-FAMILIES = {"vision_transformer", "deit", "eva"}    # timm's own modules
+FAMILIES = {"vision_transformer", "deit", "eva"}  # timm's own modules
 
 
 class ViT(Backbone):
@@ -145,7 +145,7 @@ class ViT(Backbone):
             if f"block{number}" in wanted:
                 tapped[f"block{number}"] = sequence
 
-        sequence = self.model.norm(sequence)                                # (B, prefix + N, D)
+        sequence = self.model.norm(sequence)  # (B, prefix + N, D)
         prefix = self.num_prefix
         return Tokens(
             patches=sequence[:, prefix:],
@@ -165,7 +165,7 @@ class ViT(Backbone):
             self.padding_said = True
             say_padding(self.name, (height, width), self.patch)
 
-        patches = self.model.patch_embed(x)                                 # (B, h, w, D)
+        patches = self.model.patch_embed(x)  # (B, h, w, D)
         grid = (patches.shape[1], patches.shape[2])
         if masked is not None:
             patches = replace_masked(patches.flatten(1, 2), masked, mask_token).unflatten(1, grid)
@@ -173,7 +173,7 @@ class ViT(Backbone):
         if visible is not None:
             prefix, rest = sequence[:, : self.num_prefix], sequence[:, self.num_prefix :]
             rest = rest.gather(1, visible[..., None].expand(-1, -1, rest.shape[-1]))
-            sequence = torch.cat([prefix, rest], dim=1)                     # (B, prefix + n, D)
+            sequence = torch.cat([prefix, rest], dim=1)  # (B, prefix + n, D)
             if rope is not None:
                 rope = visible_rope(sequence, rope, visible, per_block=self.model.rope_mixed)
         return grid, self.model.norm_pre(sequence), rope

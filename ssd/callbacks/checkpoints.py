@@ -112,7 +112,11 @@ class Checkpoints(Checkpoint):
             self._saved_step = pl_module.step
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_value": self.best_value, "best_monitor": self.best_monitor, "best_model_path": self.best_model_path}
+        return {
+            "best_value": self.best_value,
+            "best_monitor": self.best_monitor,
+            "best_model_path": self.best_model_path,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_value = state_dict["best_value"]

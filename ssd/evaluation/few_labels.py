@@ -38,13 +38,13 @@ def few_label_accuracy(
     check_finite(train=train, test=test)
     num_classes = num_classes or count_classes(train_labels, test_labels)
     train, test = standardise(train, test)
-    drawn = balanced_draws(train_labels, per_class, draws, seed)                 # (draws, M)
+    drawn = balanced_draws(train_labels, per_class, draws, seed)  # (draws, M)
     numbers = drawn.shape[1] * (train.shape[1] + num_classes) + len(test) * num_classes
-    few = drawn.shape[1] < train.shape[1]                                        # then the axes of a draw are fewer
+    few = drawn.shape[1] < train.shape[1]  # then the axes of a draw are fewer
     shared = None if few else principal_axes(train)[0]
     accuracies = []
     for rows in drawn.split(max(1, NUMBERS_AT_ONCE // numbers)):
-        basis = principal_axes(train[rows])[0] if shared is None else shared     # (draws, D, R) or (D, R)
+        basis = principal_axes(train[rows])[0] if shared is None else shared  # (draws, D, R) or (D, R)
         heads = fit_logistic(train[rows] @ basis, train_labels[rows], torch.full((len(rows),), l2), num_classes)
         heads = Heads(basis @ heads.weight, heads.bias)
         accuracies.append((heads.logits(test).argmax(2) == test_labels).double().mean(1))

@@ -55,9 +55,9 @@ def knn_predict(
     find = in_float32 if search == "float32" else InBfloat16(bank)
     predictions: dict[int, list[Tensor]] = {number: [] for number in k}
     for part in queries.split(chunk):
-        similarity, index = find(part, bank, neighbours)                        # (q, k), nearest first
+        similarity, index = find(part, bank, neighbours)  # (q, k), nearest first
         nearest = similarity[:, :1]
-        weight = ((similarity - nearest).double() / temperature).exp()           # the largest is 1: no overflow
+        weight = ((similarity - nearest).double() / temperature).exp()  # the largest is 1: no overflow
         votes = weight.new_zeros(len(part), num_classes)
         counted = 0
         for number in sorted(set(k)):
@@ -114,7 +114,7 @@ class InBfloat16:
         candidates = min(len(bank), count + 12 + count // 4)
         rounded = queries.bfloat16()
         coarse, index = (rounded @ self.rounded.T).topk(candidates, dim=1, sorted=False)
-        exact = torch.bmm(bank[index], queries[:, :, None]).squeeze(2)          # (q, candidates)
+        exact = torch.bmm(bank[index], queries[:, :, None]).squeeze(2)  # (q, candidates)
         similarity, order = exact.topk(count, dim=1)
         index = index.gather(1, order)
         if candidates < len(bank):

@@ -86,7 +86,7 @@ def train_heads(
             logits = torch.addmm(bias, batch, weight).unflatten(1, (len(rates), num_classes))
             chosen = labels[rows, None, None].expand(-1, len(rates), 1)
             residual = logits.softmax(2).scatter_add_(2, chosen, logits.new_full((), -1.0).expand(chosen.shape))
-            residual = residual.flatten(1)                                       # (b, G * C)
+            residual = residual.flatten(1)  # (b, G * C)
             weight_speed = torch.addmm(weight_speed, batch.T, residual, beta=momentum, alpha=1 / batch_size)
             bias_speed = momentum * bias_speed + residual.mean(0)
             now = rate * (math.cos(math.pi * (epoch * steps_per_epoch + step) / total) + 1) / 2

@@ -71,16 +71,16 @@ def fit_logistic(
     if (l2 < 0).any():
         raise UserError(f"l2 = {l2.tolist()} must not be negative.")
     number = features.shape[-2]
-    features = F.pad(features, (0, 1), value=1.0)                                # the bias is the weight of a constant
+    features = F.pad(features, (0, 1), value=1.0)  # the bias is the weight of a constant
     penalty = (l2.to(features) / number)[:, None, None].repeat(1, features.shape[-1], 1)
-    penalty[:, -1] = 0                                                           # (G, D + 1, 1)
+    penalty[:, -1] = 0  # (G, D + 1, 1)
     squares = features.square().mT.contiguous()
     weight = features.new_zeros(len(l2), features.shape[-1], num_classes)
     logits = features.new_zeros(len(l2), number, num_classes)
     loss, gradient = loss_and_gradient(features, labels, weight, logits, penalty)
     steps: list[tuple[Tensor, Tensor, Tensor]] = []
     for iteration in range(max_iterations):
-        running = gradient.abs().amax((1, 2)) > tolerance                        # (G,)
+        running = gradient.abs().amax((1, 2)) > tolerance  # (G,)
         if not running.any():
             break
         if iteration % refresh == 0:
@@ -90,7 +90,7 @@ def fit_logistic(
         along = product(features, direction)
         length, found = line_search(labels, weight, logits, penalty, direction, along, loss, gradient)
         if not (found & running).any():
-            break                                                                # only rounding is left to gain
+            break  # only rounding is left to gain
         step = length[:, None, None] * direction
         weight = weight + step
         logits = logits + length[:, None, None] * along

@@ -69,7 +69,7 @@ def lidar(views: Tensor, delta: float = 1e-4) -> float:
     if not views.isfinite().all():
         return float("nan")
     exact = views.double()
-    means = exact.mean(1)                                                        # (B, D)
+    means = exact.mean(1)  # (B, D)
     between = (means - means.mean(0)).T @ (means - means.mean(0)) / len(means)
     inside = (exact - means[:, None]).flatten(0, 1)
     within = inside.T @ inside / len(inside)

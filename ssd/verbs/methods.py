@@ -39,7 +39,8 @@ def methods() -> list[dict[str, Any]]:
                 if cls is SelfDistillation:
                     continue
                 first, _, rest = inspect.cleandoc(module.__doc__ or "").partition("\n\n")
-                configs = [c for c in config_names() if c == f"method/{module_info.name}" or c.startswith(f"method/{module_info.name}_")]
+                own = f"method/{module_info.name}"
+                configs = [config for config in config_names() if config == own or config.startswith(f"{own}_")]
                 found.append(
                     {
                         "name": name,

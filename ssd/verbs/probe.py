@@ -48,7 +48,9 @@ def run(argv: list[str]) -> int:
         draws=arguments.draws,
         seed=arguments.seed,
     )
-    console.print(table(numbers, title=f"{arguments.file}: {len(bank.labels)} training, {len(queries.labels)} test samples"))
+    console.print(
+        table(numbers, title=f"{arguments.file}: {len(bank.labels)} training, {len(queries.labels)} test samples")
+    )
     content: dict[str, Any] = {"file": arguments.file, "numbers": number_rows(numbers)}
     if arguments.baselines:
         report = compare_with_baselines(about, data, bank, queries, arguments.draws, arguments.seed, **settings)

@@ -44,7 +44,14 @@ def run(argv: list[str]) -> int:
     started = time.monotonic()
     status = run_lightning(
         "fit",
-        ["--config", arguments.config, "--seed_everything", str(arguments.seed), "--trainer.default_root_dir", str(out)],
+        [
+            "--config",
+            arguments.config,
+            "--seed_everything",
+            str(arguments.seed),
+            "--trainer.default_root_dir",
+            str(out),
+        ],
     )
     seconds = time.monotonic() - started
     if status:
@@ -78,7 +85,9 @@ def run(argv: list[str]) -> int:
     console = Console()
     console.print(report_table(table, title="held-out digits, frozen features, %"))
     console.print(f"{seconds:.0f} s of training, {images / seconds:,.0f} images/s, curve in {curve}")
-    console.print(f"The backbone lies in {export.folder} and differs by {export.difference:.1g} after reloading. Load it with")
+    console.print(
+        f"The backbone lies in {export.folder} and differs by {export.difference:.1g} after reloading. Load it with"
+    )
     console.print(export.code, markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -100,7 +109,9 @@ def draw_curve(folder: Path) -> Path:
     ):
         for name in names:
             if name in series:
-                axes.plot(*zip(*series[name], strict=True), label=name.split("/", 1)[1], marker="." if axes is right else None)
+                axes.plot(
+                    *zip(*series[name], strict=True), label=name.split("/", 1)[1], marker="." if axes is right else None
+                )
         axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
         axes.legend()

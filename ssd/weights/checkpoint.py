@@ -21,7 +21,7 @@ HARMLESS: list[Any] = [
     np.dtype,
     *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)),
     (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
-    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),     # its name before NumPy 2
+    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),  # its name before NumPy 2
 ]
 
 

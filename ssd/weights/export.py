@@ -205,7 +205,7 @@ def answers_elsewhere(lines: Sequence[str], pictures: Tensor) -> dict[str, Tenso
 
 def compare(here: dict[str, Tensor], elsewhere: dict[str, Tensor]) -> float:
     shares = [(here[name] - elsewhere[name]).abs().max() / here[name].abs().max().clamp_min(1) for name in here]
-    return float(torch.stack(shares).max())     # torch's maximum keeps NaN, Python's may not
+    return float(torch.stack(shares).max())  # torch's maximum keeps NaN, Python's may not
 
 
 def model_card(

@@ -120,4 +120,3 @@ def resize_positions(state: dict[str, Tensor], model: Any, weights: str) -> None
     grid = tuple(model.patch_embed.grid_size)
     state["pos_embed"] = resample_abs_pos_embed(theirs, list(grid), [side, side], num_prefix_tokens=prefix)
     warnings.warn(f"{weights}: positions resized from {side} x {side} to {grid[0]} x {grid[1]} patches.", stacklevel=3)
-

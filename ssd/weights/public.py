@@ -89,7 +89,7 @@ def timm_state(public: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tens
     for key, value in public.items():
         if key in MASK_TOKENS:
             continue
-        key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)          # blocks in chunks keep their own number
+        key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)  # blocks in chunks keep their own number
         key = key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
         state[key] = value
     if "register_tokens" in state and "pos_embed" in state:

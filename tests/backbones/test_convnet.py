@@ -21,7 +21,7 @@ def network(name: str, **settings) -> ConvNet:
     torch.manual_seed(0)
     backbone = ConvNet(name, arguments={**NETWORKS.get(name, {}), **settings.pop("arguments", {})}, **settings).eval()
     with torch.no_grad():
-        for parameter in backbone.parameters():     # layer scales of 1e-6 would hide mistakes
+        for parameter in backbone.parameters():  # layer scales of 1e-6 would hide mistakes
             parameter.add_(0.05 * torch.randn_like(parameter))
     return backbone
 
@@ -37,7 +37,7 @@ def test_answers_what_timm_answers_at_any_size(name, size):
     rows, columns = backbone.grid(*size)
     assert tokens.grid == (rows, columns) == (size[0] // backbone.patch_size, size[1] // backbone.patch_size)
     last = features if name.startswith("swin") else features.permute(0, 2, 3, 1)
-    assert_close(tokens.patches[:, columns + 1], last[:, 1, 1])     # row-major
+    assert_close(tokens.patches[:, columns + 1], last[:, 1, 1])  # row-major
     assert tokens.patches.shape[-1] == backbone.embed_dim
 
 

@@ -17,11 +17,11 @@ TINY = {"depth": 3, "embed_dim": 24, "num_heads": 2}
 NAMES = [
     "vit_tiny_patch16_224",
     "vit_small_patch14_reg4_dinov2",
-    "vit_medium_patch16_gap_240",       # no class token
-    "vit_base_patch16_clip_224",        # a norm before the blocks
-    "vit_small_patch16_dinov3",         # rotary positions and registers
-    "vit_small_patch16_rope_mixed_224", # rotary positions of each block and head
-    "eva02_tiny_patch14_224",           # learned and rotary positions
+    "vit_medium_patch16_gap_240",  # no class token
+    "vit_base_patch16_clip_224",  # a norm before the blocks
+    "vit_small_patch16_dinov3",  # rotary positions and registers
+    "vit_small_patch16_rope_mixed_224",  # rotary positions of each block and head
+    "eva02_tiny_patch14_224",  # learned and rotary positions
 ]
 
 
@@ -29,7 +29,7 @@ def vit(name: str = "vit_tiny_patch16_224", **settings) -> ViT:
     torch.manual_seed(0)
     backbone = ViT(name, arguments={**TINY, **settings.pop("arguments", {})}, **settings).eval()
     with torch.no_grad():
-        for parameter in backbone.parameters():     # timm's zeros and tiny scales would hide mistakes
+        for parameter in backbone.parameters():  # timm's zeros and tiny scales would hide mistakes
             parameter.add_(0.1 * torch.randn_like(parameter))
     return backbone
 
@@ -50,9 +50,9 @@ def plain_vit(
     """A pre-norm ViT with a class token written out from its state dict. All tokens, (B, 1 + n, D)."""
     w, width, heads = backbone.model.state_dict(), backbone.embed_dim, 2
     patch = backbone.patch_size
-    pixels = x.unfold(2, patch, patch).unfold(3, patch, patch)              # (B, C, h, w, p, p)
+    pixels = x.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, C, h, w, p, p)
     grid = pixels.shape[2:4]
-    pixels = pixels.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)      # (B, N, C p p)
+    pixels = pixels.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (B, N, C p p)
     patches = pixels @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]
     if masked is not None:
         patches = patches.clone()
@@ -153,8 +153,8 @@ def test_the_mask_token_learns_and_masked_places_keep_their_positions():
     backbone, token = vit(), nn.Parameter(torch.randn(1, 24))
     x, everything = pictures(backbone), torch.ones(2, 12, dtype=torch.bool)
     tokens = backbone(x, masked=everything, mask_token=token)
-    assert_close(tokens.patches[0], tokens.patches[1])          # nothing of the pictures is left
-    assert tokens.patches[0].std(0).min() > 1e-3                # but the places still differ
+    assert_close(tokens.patches[0], tokens.patches[1])  # nothing of the pictures is left
+    assert tokens.patches[0].std(0).min() > 1e-3  # but the places still differ
     tokens.patches.square().sum().backward()
     assert token.grad.abs().min() > 0
 
@@ -259,7 +259,7 @@ def test_bfloat16_on_the_cpu_uses_plain_attention_and_float32_the_fused_one(monk
         with torch.autocast("cpu", torch.bfloat16):
             half = backbone(x).patches
         assert len(calls) == 3
-        assert_close(half.float(), exact, atol=0.1, rtol=0.1)   # bfloat16 keeps 8 bits
+        assert_close(half.float(), exact, atol=0.1, rtol=0.1)  # bfloat16 keeps 8 bits
         backbone(x)
         assert len(calls) == 6
         backbone.to(torch.bfloat16)(x.bfloat16())

@@ -43,13 +43,15 @@ def test_bfloat16_features_come_back_in_float32_and_near():
     loader, pictures, _ = batches(8, 4)
     features = extract(network, loader, precision="bf16-mixed").features
     assert features.dtype == torch.float32 and not torch.equal(features, network(pictures))
-    assert_close(features, network(pictures).detach(), atol=0.05, rtol=0.02)     # 8 bits of mantissa
+    assert_close(features, network(pictures).detach(), atol=0.05, rtol=0.02)  # 8 bits of mantissa
 
 
 def test_batches_come_in_order_of_index_and_a_sample_seen_twice_counts_once():
     features = torch.arange(6.0)[:, None]
-    parts = [Features(features[[3, 0]], torch.tensor([3, 0]), torch.tensor([3, 0])),
-             Features(features[[5, 3, 1]], torch.tensor([5, 3, 1]), torch.tensor([5, 3, 1]))]
+    parts = [
+        Features(features[[3, 0]], torch.tensor([3, 0]), torch.tensor([3, 0])),
+        Features(features[[5, 3, 1]], torch.tensor([5, 3, 1]), torch.tensor([5, 3, 1])),
+    ]
     whole = gathered(parts)
     assert whole.index.tolist() == whole.labels.tolist() == whole.features[:, 0].tolist() == [0, 1, 3, 5]
 

@@ -57,7 +57,7 @@ def test_labels_outside_the_draws_are_never_read():
     rest = torch.ones(100, dtype=torch.bool)
     rest[drawn] = False
     places = rest.nonzero().squeeze(1)
-    moved[places] = train[places.flip(0)]        # the same features overall, other labels beside them
+    moved[places] = train[places.flip(0)]  # the same features overall, other labels beside them
     assert torch.equal(few_label_accuracy(moved, labels, test, truth, 2, draws=1), expected)
 
 

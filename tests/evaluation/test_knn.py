@@ -77,7 +77,7 @@ def test_the_search_in_bfloat16_finds_the_neighbours_of_the_search_in_float32(se
     bank, queries = unit_vectors(bank, queries, center=False)
     expected, _ = in_float32(queries, bank, count)
     similarity, index = InBfloat16(bank)(queries, bank, count)
-    assert_close(similarity, expected, atol=1e-6, rtol=0)                        # sums of 24 products in another order
+    assert_close(similarity, expected, atol=1e-6, rtol=0)  # sums of 24 products in another order
     assert_close((queries[:, None] * bank[index]).sum(2), expected, atol=1e-6, rtol=0)
 
 

@@ -49,7 +49,7 @@ def test_the_principal_axes_keep_every_inner_product_of_the_features(number, wid
 @pytest.mark.parametrize("l2", [0.1, 1.0, 100.0])
 def test_logistic_weights_are_those_of_scikit_learn(l2):
     features, labels = clouds(400)
-    features, = standardise(features)
+    (features,) = standardise(features)
     heads = fit_logistic(features.double(), labels, torch.tensor([l2]), 5, tolerance=1e-9)
     theirs = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=10_000).fit(features.double().numpy(), labels.numpy())
     # only differences of the biases are determined
@@ -69,7 +69,7 @@ def test_logistic_regression_on_two_points_has_its_closed_form():
 
 def test_a_hundred_problems_solved_together_are_those_solved_alone():
     features, labels = clouds(200)
-    features, = standardise(features)
+    (features,) = standardise(features)
     drawn = balanced_draws(labels, 4, 6, seed=0)
     penalties = torch.tensor([0.01, 0.1, 1, 1, 10, 1000])
     together = fit_logistic(features[drawn].double(), labels[drawn], penalties, 5, tolerance=1e-9)
@@ -100,7 +100,7 @@ def test_ridge_predictions_are_those_of_scikit_learn(l2):
 def test_ridge_chooses_by_the_accuracy_of_leaving_each_sample_out():
     """Each sample is left out in earnest, the intercept with it, for every penalty."""
     train, labels = clouds(60, width=20, classes=3)
-    scaled, = standardise(train)
+    (scaled,) = standardise(train)
     penalties = (0.1, 10.0, 1000.0)
     right = []
     for penalty in penalties:
@@ -124,7 +124,7 @@ def test_ridge_with_fewer_samples_than_dimensions_is_that_of_scikit_learn():
 
 def test_heads_trained_at_once_are_those_of_torch_optim_trained_one_by_one():
     features, labels = clouds(70)
-    features, = standardise(features)
+    (features,) = standardise(features)
     rates = (0.01, 0.1, 1.0)
     heads = train_heads(features, labels, rates, 5, epochs=3, min_steps=1, batch_size=16, seed=4)
     for i, rate in enumerate(rates):
@@ -177,7 +177,7 @@ def test_the_setting_is_chosen_without_the_test_features(probe):
 def test_whichever_setting_predicts_the_held_out_labels_is_chosen(probe, monkeypatch):
     """The held-out labels are made what one setting, fitted on the rest, says of them: that setting must win."""
     train, labels = clouds(300)
-    scaled, = standardise(train)
+    (scaled,) = standardise(train)
     fit, held = torch.arange(200), torch.arange(200, 300)
     monkeypatch.setattr(sys.modules[PROBES[probe].__module__], "held_out", lambda *_: (fit, held))
     if probe == "linear":

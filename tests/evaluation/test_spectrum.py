@@ -23,7 +23,7 @@ def with_spectrum(singular_values, number=60, seed=0):
 def test_rankme_is_the_exponential_of_the_entropy_of_the_singular_values(values):
     shares = [value / sum(values) for value in values]
     expected = math.exp(-sum(share * math.log(share) for share in shares))
-    assert rankme(with_spectrum(values)) == pytest.approx(expected, rel=1e-4)    # epsilon = 1e-7 for each value
+    assert rankme(with_spectrum(values)) == pytest.approx(expected, rel=1e-4)  # epsilon = 1e-7 for each value
 
 
 @settings(deadline=None, max_examples=20)
@@ -56,7 +56,7 @@ def test_a_power_law_has_its_exponent(exponent, first, last):
     """Eigenvalues i^-a of the covariance are singular values i^(-a / 2) of centred features."""
     width = 24
     random = torch.randn(100, width, generator=torch.Generator().manual_seed(0)).double()
-    left, _ = torch.linalg.qr(random - random.mean(0))                           # orthonormal and of mean 0
+    left, _ = torch.linalg.qr(random - random.mean(0))  # orthonormal and of mean 0
     features = left * torch.arange(1, width + 1).double() ** (-exponent / 2)
     assert alpha_req(features + 5, first, last) == pytest.approx(exponent, abs=1e-6)
 
@@ -71,7 +71,7 @@ def test_lidar_counts_the_directions_that_tell_samples_apart():
     for rank in (1, 3, 6):
         means = torch.cat([torch.eye(6)[:rank], -torch.eye(6)[:rank]]).repeat(200, 1)
         noise = 0.01 * torch.randn(len(means), 4, 6, generator=random)
-        noise -= noise.mean(1, keepdim=True)                                     # the means are exact
+        noise -= noise.mean(1, keepdim=True)  # the means are exact
         assert lidar(means[:, None] + noise, delta=0.0) == pytest.approx(rank, rel=0.02)
 
 

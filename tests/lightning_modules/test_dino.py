@@ -89,7 +89,7 @@ class PlainNetwork(nn.Module):
 
 def test_twenty_steps_equal_the_equations_of_the_paper_written_out():
     """Sections 2 to 5 of the published recipe, with plain loops: views by twos, AdamW by hand, schedules by formula."""
-    steps, per_epoch, epochs, samples = 20, 5, 4, 6
+    steps, per_epoch, samples = 20, 5, 6
     base_lr, min_lr, warmup = 5e-4, 1e-6, 4
     module = tiny(
         lr=Cosine(base_lr, min_lr, warmup="4 steps"),

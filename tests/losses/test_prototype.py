@@ -47,7 +47,9 @@ def test_it_is_the_double_loop_over_pairs_and_so_is_its_gradient(views, pairs, s
     expected, count = plain(logits, target, 0.1, True)
     assert count == pairs
     weights = torch.rand(4, dtype=torch.float64)
-    found = cross_view_cross_entropy(Scores(features, prototypes) if scores else logits, target, 0.1, skip_same_view=True)
+    found = cross_view_cross_entropy(
+        Scores(features, prototypes) if scores else logits, target, 0.1, skip_same_view=True
+    )
     # the loss works in float32
     assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
     gradients = torch.autograd.grad((expected * weights).sum(), [features, prototypes], retain_graph=True)

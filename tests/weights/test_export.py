@@ -36,7 +36,7 @@ def test_plain_timm_loads_a_resnet_with_arguments_in_a_fresh_process(tmp_path):
     card = {"knn/top1": 0.91, "data": "a | b"}
     report = export_backbone(backbone, tmp_path / "out", input_size=32, card=card, **THREE)
     assert report.lines[-1] == f'model = timm.create_model("local-dir:{tmp_path}/out", pretrained=True)'
-    assert report.difference <= 1e-5                # the same float32 sums on the same machine
+    assert report.difference <= 1e-5  # the same float32 sums on the same machine
     model = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
     assert_close(model(pictures()), backbone(pictures()).summary)
     data = timm.data.resolve_model_data_config(model)
@@ -68,11 +68,11 @@ def test_a_small_stem_leaves_as_safetensors_with_the_lines_that_rebuild_it(tmp_p
     [
         tiny_convnext,
         tiny_swin,
-        lambda: tiny_swin("swinv2_tiny_window8_256"),       # windows of the name's own size
+        lambda: tiny_swin("swinv2_tiny_window8_256"),  # windows of the name's own size
         lambda: tiny_swin(img_size=64),
         lambda: tiny_vit(img_size=32),
         lambda: tiny_vit("vit_small_patch14_reg4_dinov2", img_size=(28, 42), drop_path_rate=0.2),
-        lambda: tiny_vit("vit_medium_patch16_gap_240"),     # positions of the name's own size, no class token
+        lambda: tiny_vit("vit_medium_patch16_gap_240"),  # positions of the name's own size, no class token
         lambda: tiny_vit("vit_small_patch16_dinov3"),
         lambda: tiny_vit("eva02_tiny_patch14_224", arguments={"use_rot_pos_emb": True}),
     ],
@@ -80,7 +80,7 @@ def test_a_small_stem_leaves_as_safetensors_with_the_lines_that_rebuild_it(tmp_p
 def test_every_family_comes_back_through_the_printed_lines(tmp_path, same_process, backbone, to):
     backbone = backbone()
     report = export_backbone(backbone, tmp_path, to, input_size=96, **THREE)
-    assert report.difference <= 5e-5                # what one last bit of the input makes of itself in a Swin
+    assert report.difference <= 5e-5  # what one last bit of the input makes of itself in a Swin
     state = load_file(tmp_path / "model.safetensors")
     assert state.keys() == backbone.model.state_dict().keys()
 
