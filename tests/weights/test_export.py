@@ -106,7 +106,7 @@ def test_a_difference_is_an_error_and_leaves_no_proof(tmp_path, monkeypatch, sam
     export_backbone(backbone, tmp_path, input_size=32, **THREE)
     assert (tmp_path / "export.json").exists()
     for fault in (1e-3, float("nan")):
-        changed = lambda *a, fault=fault: {key: value + fault for key, value in answers(*a).items()}  # noqa: E731
+        changed = lambda *a, fault=fault: {key: value + fault for key, value in answers(*a).items()}
         monkeypatch.setattr(export, "answers_elsewhere", changed)
         with pytest.raises(RuntimeError, match="differs"):
             export_backbone(backbone, tmp_path, input_size=32, **THREE)
