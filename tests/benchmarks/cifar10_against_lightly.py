@@ -1,0 +1,286 @@
+"""DINO on CIFAR-10 beside lightly's DINO example: same network, batch, prototypes, view sizes, precision and workers.
+
+    python -m tests.benchmarks.cifar10_against_lightly speed FOLDER --json speed.json
+    python -m tests.benchmarks.cifar10_against_lightly train FOLDER --minutes 20 --json train.json
+
+FOLDER holds cifar10-train.parquet and cifar10-test.parquet. `speed` runs short stretches of both in turn and prints
+images per second, the ratio of each pair and its spread. `train` gives both the same wall time on 10,000 pictures and
+probes the teachers beside raw pixels and the untrained network.
+"""
+
+import argparse
+import copy
+import io
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from lightly.loss import DINOLoss
+from lightly.models.modules import DINOProjectionHead
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightly.transforms.dino_transform import DINOTransform
+from lightly.utils.scheduler import cosine_schedule
+from PIL import Image
+from rich.console import Console
+from torch import nn
+
+from datamodules.images import Images
+from lightning_modules.dino import DINO
+from ssd.backbones.convnet import ConvNet
+from ssd.data.sources import limited, open_source
+from ssd.evaluation.features import extract, pixels
+from ssd.evaluation.suite import few_label_report, report_table
+from ssd.optim import Clip
+from ssd.schedules import Cosine
+from ssd.summary import write_json
+from ssd.views.recipes import DINOViews
+
+PICTURES, BATCH, PROTOTYPES, HIDDEN, BOTTLENECK, MOMENTUM, LR = 10_000, 64, 512, 512, 64, 0.95, 2e-3
+NETWORK = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_width": 8}
+VIEWS = DINOViews(
+    global_size=32,
+    global_scale=(0.25, 1.0),
+    local_count=2,
+    local_size=16,
+    local_scale=(0.1, 0.4),
+    blur_prob=(0.0, 0.0, 0.0),
+    evaluation_crop=1.0,
+)
+
+
+def backbone(seed: int) -> ConvNet:
+    torch.manual_seed(seed)
+    return ConvNet("resnet18", small_stem=True, arguments=NETWORK)
+
+
+class Ours:
+    """The project's DINO, stepped outside a trainer."""
+
+    def __init__(self, folder: Path, workers: int, seed: int):
+        self.data = Images(
+            folder / "cifar10-train.parquet",
+            folder / "cifar10-test.parquet",
+            batch_size=BATCH,
+            num_workers=workers,
+            limit=PICTURES,
+            seed=seed,
+        )
+        self.data.prepare(VIEWS)
+        self.module = DINO(
+            backbone(seed),
+            views=VIEWS,
+            num_prototypes=PROTOTYPES,
+            teacher_temperature=0.04,
+            momentum=Cosine(MOMENTUM, 1.0),
+            head_hidden_dim=HIDDEN,
+            head_bottleneck_dim=BOTTLENECK,
+            head_batch_norm=True,
+            lr=Cosine(LR, 1e-5, warmup=0.05),
+            lr_rule="none",
+            weight_decay=0.02,
+            clip=Clip(3.0),
+            freeze_last_layer=0.0,
+        ).train()
+        self.per_epoch = PICTURES // BATCH
+        self.optimizers = self.module.configure_optimizers()
+        self.batches = self.endless()
+
+    def plan(self, steps: int) -> None:
+        self.module.begin(steps, self.per_epoch)
+
+    def endless(self):
+        loader = self.data.train_dataloader()
+        loader.batch_sampler.steps_done = lambda: self.module.step
+        while True:
+            yield from loader
+
+    def step(self) -> None:
+        batch = next(self.batches)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            self.module.take_step(batch, self.optimizers)
+
+    def teacher(self) -> nn.Module:
+        return self.module.eval().evaluated_backbone
+
+
+class LightlyNetwork(nn.Module):
+    """The module of lightly's example: a backbone and its projection head."""
+
+    def __init__(self, backbone: nn.Module, freeze_last_layer: int = -1):
+        super().__init__()
+        self.backbone = backbone
+        self.head = DINOProjectionHead(
+            128, HIDDEN, BOTTLENECK, PROTOTYPES, batch_norm=True, freeze_last_layer=freeze_last_layer
+        )
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+class Transformed(torch.utils.data.Dataset):
+    def __init__(self, folder: Path):
+        self.source = limited(open_source(folder / "cifar10-train.parquet"), PICTURES)
+        self.transform = DINOTransform(
+            global_crop_size=32,
+            global_crop_scale=(0.25, 1.0),
+            local_crop_size=16,
+            local_crop_scale=(0.1, 0.4),
+            n_local_views=2,
+            gaussian_blur=(0.0, 0.0, 0.0),
+        )
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return self.transform(Image.open(io.BytesIO(self.source.open(index))))
+
+
+class Lightly:
+    """lightly's DINO example: one forward per view, its head, loss, transform and momentum update, AdamW."""
+
+    def __init__(self, folder: Path, workers: int, seed: int):
+        self.student = LightlyNetwork(backbone(seed).model, freeze_last_layer=0)
+        self.teacher_network = LightlyNetwork(copy.deepcopy(self.student.backbone))
+        self.teacher_network.head.load_state_dict(self.student.head.state_dict())
+        deactivate_requires_grad(self.teacher_network)
+        self.criterion = DINOLoss(output_dim=PROTOTYPES, warmup_teacher_temp_epochs=1)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=LR, weight_decay=0.02)
+        self.loader = torch.utils.data.DataLoader(
+            Transformed(folder), batch_size=BATCH, shuffle=True, drop_last=True, num_workers=workers
+        )
+        self.batches = self.endless()
+        self.steps_done, self.steps = 0, 1000
+
+    def plan(self, steps: int) -> None:
+        self.steps = steps
+
+    def endless(self):
+        while True:
+            yield from self.loader
+
+    def step(self) -> None:
+        views = next(self.batches)
+        warmup = 0.05 * self.steps
+        done = self.steps_done
+        rate = done / warmup if done < warmup else 0.5 * (1 + math.cos(math.pi * (done - warmup) / (self.steps - warmup)))
+        self.optimizer.param_groups[0]["lr"] = max(LR * rate, 1e-5)
+        momentum = cosine_schedule(done, max(self.steps, done + 1), MOMENTUM, 1.0)
+        update_momentum(self.student.backbone, self.teacher_network.backbone, m=momentum)
+        update_momentum(self.student.head, self.teacher_network.head, m=momentum)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.no_grad():
+                teacher_out = [self.teacher_network(view) for view in views[:2]]
+            student_out = [self.student(view) for view in views]
+            loss = self.criterion(teacher_out, student_out, epoch=1)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.student.head.cancel_last_layer_gradients(current_epoch=1)
+        self.optimizer.step()
+        self.steps_done += 1
+
+    def teacher(self) -> nn.Module:
+        return self.teacher_network.eval().backbone
+
+
+def stretch(side, steps: int) -> float:
+    """Images per second over so many steps."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        side.step()
+    return steps * BATCH / (time.perf_counter() - start)
+
+
+def speed(arguments) -> dict:
+    ours, theirs = (side(arguments.folder, arguments.workers, 0) for side in (Ours, Lightly))
+    ours.plan(100_000), theirs.plan(100_000)
+    stretch(ours, 10), stretch(theirs, 10)
+    pairs = []
+    for _ in range(arguments.rounds):
+        pairs.append((stretch(ours, arguments.steps), stretch(theirs, arguments.steps)))
+        print(f"ours {pairs[-1][0]:.0f} images/s, lightly {pairs[-1][1]:.0f} images/s", flush=True)
+    ratios = [a / b for a, b in pairs]
+    row = {
+        "case": f"CIFAR-10 DINO, batch {BATCH}, {arguments.workers} workers, {torch.get_num_threads()} threads, bf16",
+        "ours": statistics.median(a for a, _ in pairs),
+        "baseline": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
+        "unit": "images/s",
+    }
+    print(json.dumps(row))
+    return row
+
+
+def train(arguments) -> dict:
+    evaluation = Images(
+        arguments.folder / "cifar10-train.parquet",
+        arguments.folder / "cifar10-test.parquet",
+        batch_size=250,
+        num_workers=0,
+        limit=PICTURES,
+        evaluation_limit=None,
+    )
+    evaluation.prepare(VIEWS)
+    bank, queries = evaluation.test_dataloader()
+    raw = pixels(bank), pixels(queries)
+    rows, facts = {"pixels": (raw[0].features, raw[1].features)}, {}
+
+    def embed(name: str, network: nn.Module) -> None:
+        def pooled(x):
+            answer = network(x)
+            return answer if isinstance(answer, torch.Tensor) else answer.pooled()
+
+        rows[name] = tuple(extract(pooled, loader).features for loader in (bank, queries))
+
+    embed("untrained", backbone(arguments.seed).eval())
+    for name, side in (("lightly", Lightly), ("ours", Ours)):
+        if name not in arguments.sides:
+            continue
+        run = side(arguments.folder, arguments.workers, arguments.seed)
+        run.plan(100_000)
+        rate = stretch(run, 40)
+        run = side(arguments.folder, arguments.workers, arguments.seed)
+        steps = int(arguments.minutes * 60 * rate / BATCH)
+        run.plan(steps)
+        start = time.perf_counter()
+        for done in range(steps):
+            run.step()
+            if done % 500 == 0:
+                print(f"{name}: step {done}/{steps}, {time.perf_counter() - start:.0f} s", flush=True)
+            if time.perf_counter() - start > arguments.minutes * 60 * 1.05:
+                print(f"{name}: out of time at step {done}", flush=True)
+                break
+        seconds = time.perf_counter() - start
+        facts[name] = {"seconds": seconds, "images": (done + 1) * BATCH, "images_per_second": (done + 1) * BATCH / seconds}
+        embed(name, run.teacher())
+    report = few_label_report(rows, raw[0].labels, raw[1].labels, draws=arguments.draws)
+    Console(width=120).print(report_table(report))
+    print(json.dumps(facts))
+    return {"rows": {row: {k: vars(n) for k, n in numbers.items()} for row, numbers in report.items()}, "runs": facts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "train"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=40, help="of each stretch of `speed`")
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--sides", nargs="+", default=["lightly", "ours"])
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    write_json(arguments.json, {"speed": speed, "train": train}[arguments.what](arguments))
+
+
+if __name__ == "__main__":
+    main()
