@@ -57,6 +57,15 @@ class Sinkhorn(nn.Module):
         """Nothing: there is no memory."""
 
 
+def target_by_rule(rule: str, num_prototypes: int, center_momentum: float) -> Centering | Sinkhorn:
+    """"centering" or "sinkhorn", by name. Raises UserError for another."""
+    if rule == "centering":
+        return Centering(num_prototypes, center_momentum)
+    if rule == "sinkhorn":
+        return Sinkhorn()
+    raise UserError(f"target_rule: '{rule}' is unknown. Choose 'centering' or 'sinkhorn'.")
+
+
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Rows that are distributions, columns of (nearly) equal sum, over the rows of all ranks.
