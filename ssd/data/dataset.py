@@ -17,7 +17,7 @@ from ssd.data.sampler import permutation
 from ssd.errors import UserError
 from ssd.views import photometry
 from ssd.views.geometry import crop_views, evaluation_picture
-from ssd.views.parameters import draw
+from ssd.views.parameters import draw_many
 from ssd.views.view import Views
 
 
@@ -48,12 +48,20 @@ class TrainingPictures(Dataset[Sample]):
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         """Raises UserError when more pictures are broken than may be."""
-        epoch, index = place
-        seen, picture = self._readable(epoch, index)
-        height, width, _ = picture.shape
-        boxes, colours = draw(self.views, height, width, self.seed, epoch, index)
-        label = self.pictures.source.label(seen)
-        return Sample(crop_views(picture, boxes, self.views), boxes, colours, seen, label)
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[Sample]:
+        """The samples of a batch, what is drawn for them in one go. Raises as `__getitem__`."""
+        found = [self._readable(epoch, index) for epoch, index in places]
+        sizes = [picture.shape[:2] for _, picture in found]
+        boxes, colours = draw_many(self.views, sizes, [(self.seed, epoch, index) for epoch, index in places])
+        samples = []
+        for row, (seen, picture) in enumerate(found):
+            own = {kind: table[row] for kind, table in boxes.items()}
+            drawn = {kind: table[row] for kind, table in colours.items()}
+            label = self.pictures.source.label(seen)
+            samples.append(Sample(crop_views(picture, own, self.views), own, drawn, seen, label))
+        return samples
 
     def _readable(self, epoch: int, index: int) -> tuple[int, np.ndarray]:
         try:
@@ -149,10 +157,19 @@ class CollateEvaluation:
 
 
 class PictureLoader(DataLoader):
-    """A DataLoader that unpacks parcels, and gives a user's error from a worker as if it came from here, bare."""
+    """A DataLoader that unpacks parcels, and gives a user's error from a worker as if it came from here, bare.
+
+    It can be resumed and has no state for that: the position of its sampler follows from the steps done.
+    """
 
     def __iter__(self):
         return Received(super().__iter__(), self.dataset.broken)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take up."""
 
 
 class Received:

@@ -6,6 +6,8 @@ crops, colours and masks. The bits are those of SplitMix64 (Steele, Lea and Floo
 pseudorandom number generators", OOPSLA 2014) with the counter hashed from the place of use.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -37,10 +39,16 @@ def key(*place: int) -> int:
 
 def uniforms(shape: tuple[int, ...], *place: int) -> np.ndarray:
     """Independent uniform numbers in [0, 1), float64, 53 bits each; the same place, the same numbers."""
+    return uniforms_of_many(shape, [place])[0]
+
+
+def uniforms_of_many(shape: tuple[int, ...], places: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """`uniforms(shape, *place)` for each place, stacked, in one go. (len(places), *shape)"""
     count = int(np.prod(shape))
+    keys = np.array([key(*place) for place in places], dtype=np.uint64)
     with np.errstate(over="ignore"):
-        counter = np.uint64(key(*place)) + GAMMA * np.arange(1, count + 1, dtype=np.uint64)
-        return (mix(counter) >> np.uint64(11)).reshape(shape) * 2.0**-53
+        counter = keys[:, None] + GAMMA * np.arange(1, count + 1, dtype=np.uint64)
+        return (mix(counter) >> np.uint64(11)).reshape(len(places), *shape) * 2.0**-53
 
 
 def generator(*place: int) -> np.random.Generator:

@@ -31,6 +31,9 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     `world`; rank r takes the r-th of its `world` equal parts. The last rows that fill no step are left
     out of that epoch. `steps_done` is asked at each `iter`, so nothing that workers have prefetched
     counts. The length is that of a whole epoch.
+
+    Args:
+        steps_per_epoch: an epoch ends after so many steps; null = when it has no more.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world: int = 1,
         seed: int = 0,
+        steps_per_epoch: int | None = None,
         steps_done: Callable[[], int] = zero,
     ):
         if batch_size < 1:
@@ -52,15 +56,16 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             raise UserError(f"{length} training samples do not fill one step of {whole}. {advice}, or add samples.")
         self.length, self.batch_size = length, batch_size
         self.rank, self.world, self.seed = rank, world, seed
+        self.steps_per_epoch = len(self) if steps_per_epoch is None else min(steps_per_epoch, len(self))
         self.steps_done = steps_done
 
     def __len__(self) -> int:
-        """Steps of a whole epoch."""
+        """Steps of a whole epoch, which is what a trainer's own limit is a share of."""
         return self.length // (self.batch_size * self.world)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, start = divmod(self.steps_done(), len(self))
+        epoch, start = divmod(self.steps_done(), self.steps_per_epoch)
         order = permutation(self.length, self.seed, epoch)
-        for step in range(start, len(self)):
+        for step in range(start, self.steps_per_epoch):
             first = (step * self.world + self.rank) * self.batch_size
             yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]

@@ -6,12 +6,13 @@ All views of a sample are drawn at once from a stream of uniform numbers that is
 
 import enum
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from ssd.data.randomness import uniforms
+from ssd.data.randomness import uniforms_of_many
 from ssd.views.view import View, Views
 
 TRIES = 10  # torchvision's RandomResizedCrop gives up after as many and takes the centre
@@ -78,7 +79,7 @@ class Settings:
     ratio: np.ndarray  # (V, 2)
 
     def by_kind(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        return {kind: rows[where] for kind, where in self.kinds.items()}
+        return {kind: rows[:, where] for kind, where in self.kinds.items()}
 
 
 @lru_cache(maxsize=64)
@@ -117,35 +118,44 @@ def draw(views: Views, height: int, width: int, *place: int) -> tuple[dict[str, 
     Height and width of the source, px -> kind -> (V, 5) float32 with the columns of `Box`, and
     kind -> (V, 11) float32 with the columns of `Colour`.
     """
+    boxes, photometry = draw_many(views, [(height, width)], [place])
+    return {kind: rows[0] for kind, rows in boxes.items()}, {kind: rows[0] for kind, rows in photometry.items()}
+
+
+def draw_many(
+    views: Views, sizes: Sequence[tuple[int, int]], places: Sequence[tuple[int, ...]]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """`draw` for B pictures in one go: sizes (height, width), px, and places -> kind -> (B, V, 5), kind -> (B, V, 11)."""
     settings = settings_of(views)
-    numbers = uniforms((len(settings.probs), DRAWS), *place)  # (V, DRAWS)
-    gates = numbers[:, GATES_AT] < settings.probs  # (V, 5)
-    boxes = np.empty((len(numbers), len(Box)), dtype=np.float32)
-    boxes[:, : Box.FLIP] = crops(numbers, settings, height, width)
-    boxes[:, Box.FLIP] = gates[:, 0]
-    return settings.by_kind(boxes), settings.by_kind(colours(numbers, gates[:, 1:], settings))
+    numbers = uniforms_of_many((len(settings.probs), DRAWS), places)  # (B, V, DRAWS)
+    gates = numbers[..., GATES_AT] < settings.probs  # (B, V, 5)
+    boxes = np.empty((*numbers.shape[:2], len(Box)), dtype=np.float32)
+    boxes[..., : Box.FLIP] = crops(numbers, settings, np.array(sizes, dtype=np.float64))
+    boxes[..., Box.FLIP] = gates[..., 0]
+    return settings.by_kind(boxes), settings.by_kind(colours(numbers, gates[..., 1:], settings))
 
 
-def crops(numbers: np.ndarray, settings: Settings, height: int, width: int) -> np.ndarray:
-    """(V, 4) left, top, width, height of crops with the distribution of torchvision's RandomResizedCrop:
+def crops(numbers: np.ndarray, settings: Settings, sizes: np.ndarray) -> np.ndarray:
+    """(B, V, 4) left, top, width, height of crops with the distribution of torchvision's RandomResizedCrop:
     area share uniform, log of the aspect ratio uniform, the first of ten tries that fits, else the
-    largest centred crop whose aspect ratio is allowed.
+    largest centred crop whose aspect ratio is allowed. Sizes (B, 2): height and width, px.
     """
-    area = height * width * (settings.share[0] + settings.share[1] * numbers[:, SHARE_AT])  # (V, TRIES)
-    side = np.sqrt(area)
-    stretch = np.exp(0.5 * (settings.log_ratio[0] + settings.log_ratio[1] * numbers[:, RATIO_AT]))
+    height, width = sizes[:, 0, None], sizes[:, 1, None]  # (B, 1)
+    share = settings.share[0] + settings.share[1] * numbers[..., SHARE_AT]  # (B, V, TRIES)
+    side = np.sqrt((height * width)[..., None] * share)
+    stretch = np.exp(0.5 * (settings.log_ratio[0] + settings.log_ratio[1] * numbers[..., RATIO_AT]))
     wide = np.rint(side * stretch)
     high = np.rint(side / stretch)
-    fits = (wide <= width) & (high <= height) & (wide > 0) & (high > 0)
-    first = fits.argmax(axis=1)
-    rows = np.arange(len(numbers))
-    box = np.empty((len(numbers), 4))
-    box[:, 2] = wide[rows, first]
-    box[:, 3] = high[rows, first]
-    box[:, 0] = np.floor(numbers[:, LEFT_AT] * (width - box[:, 2] + 1))
-    box[:, 1] = np.floor(numbers[:, TOP_AT] * (height - box[:, 3] + 1))
-    for row in np.flatnonzero(~fits[rows, first]):
-        box[row] = centre_crop(height, width, *settings.ratio[row])
+    fits = (wide <= width[..., None]) & (high <= height[..., None]) & (wide > 0) & (high > 0)
+    first = fits.argmax(axis=-1)[..., None]
+    box = np.empty((*numbers.shape[:2], 4))
+    box[..., 2] = np.take_along_axis(wide, first, -1)[..., 0]
+    box[..., 3] = np.take_along_axis(high, first, -1)[..., 0]
+    box[..., 0] = np.floor(numbers[..., LEFT_AT] * (width - box[..., 2] + 1))
+    box[..., 1] = np.floor(numbers[..., TOP_AT] * (height - box[..., 3] + 1))
+    for sample, view in np.argwhere(~fits.any(axis=-1)):
+        high_px, wide_px = (int(side) for side in sizes[sample])
+        box[sample, view] = centre_crop(high_px, wide_px, *settings.ratio[view])
     return box
 
 
@@ -160,13 +170,13 @@ def centre_crop(height: int, width: int, narrowest: float, widest: float) -> tup
 
 
 def colours(numbers: np.ndarray, gates: np.ndarray, settings: Settings) -> np.ndarray:
-    """(V, 11) float32 with the columns of `Colour`. Gates (V, 4): jitter, grey, blur, solarize."""
-    jitter, grey, blur, solarize = gates.T
-    amounts = settings.amounts[0] + settings.amounts[1] * numbers[:, AMOUNTS_AT]  # (V, 5)
-    drawn = np.tile(NEUTRAL, (len(numbers), 1))
+    """(B, V, 11) float32 with the columns of `Colour`. Gates (B, V, 4): jitter, grey, blur, solarize."""
+    jitter, grey, blur, solarize = np.moveaxis(gates, -1, 0)
+    amounts = settings.amounts[0] + settings.amounts[1] * numbers[..., AMOUNTS_AT]  # (B, V, 5)
+    drawn = np.tile(NEUTRAL, (*numbers.shape[:2], 1))
     drawn[jitter, FACTORS] = amounts[jitter, :4]
     drawn[jitter, ORDER] = ORDERS[(numbers[jitter, ORDER_AT] * len(ORDERS)).astype(np.intp)]
-    drawn[:, Colour.GREY] = grey
+    drawn[..., Colour.GREY] = grey
     drawn[blur, Colour.BLUR] = amounts[blur, 4]
-    drawn[solarize, Colour.SOLARIZE] = settings.threshold[solarize]
+    drawn[solarize, Colour.SOLARIZE] = np.broadcast_to(settings.threshold, solarize.shape)[solarize]
     return drawn
