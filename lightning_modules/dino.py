@@ -96,4 +96,6 @@ class DINO(SelfDistillation):
 
     def diagnostics(self, report: StepReport) -> dict[str, float]:
         """Cross-entropy is entropy plus divergence; collapse shows in the two apart, not in their sum."""
+        if report.teacher_entropy is None:
+            return {}
         return {"train/teacher/kl": report.terms["dino"] - report.teacher_entropy}

@@ -43,17 +43,24 @@ class Masks:
     weight: Tensor | None = None
 
     def part(self, number: int, of: int) -> "Masks":
-        """Slice `number` of `of` equal slices along B. G must be a multiple of `of`."""
-        groups = lambda t: None if t is None else rows(t, number, of, dim=0)
-        views = lambda t: None if t is None else rows(t, number, of, dim=1)
+        """Slice `number` of `of` equal slices along B; where `flat` is used, they are its G slices."""
         if self.flat is not None and self.flat.shape[0] != of and of != 1:
             raise ValueError(f"masks were drawn for {self.flat.shape[0]} slices and cannot be cut into {of}.")
+
+        def cut(tensor: Tensor | None, dim: int) -> Tensor | None:
+            return None if tensor is None else rows(tensor, number, of, dim)
+
         return Masks(
-            views(self.boolean), views(self.masked), views(self.visible), groups(self.flat), groups(self.weight)
+            rows(self.boolean, number, of, dim=1),
+            cut(self.masked, 1),
+            cut(self.visible, 1),
+            cut(self.flat, 0),
+            cut(self.weight, 0),
         )
 
     def flat_in_whole(self) -> Tensor:
         """`flat` as indices into the (V, B, N) tokens of all slices together. (G * U,)"""
+        assert self.flat is not None, "masks with varying counts have flat indices"
         groups = self.flat.shape[0]
         _, batch, tokens = self.boolean.shape
         slice_batch = batch // groups
@@ -95,7 +102,10 @@ class Batch:
         """Slice `number` of `of` equal slices along B; `total` stays that of the whole step."""
         if of == 1:
             return self
-        view_major = lambda table: {name: rows(t, number, of, dim=1) for name, t in table.items()}
+
+        def view_major(table: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: rows(tensor, number, of, dim=1) for name, tensor in table.items()}
+
         return Batch(
             views=view_major(self.views),
             index=rows(self.index, number, of, dim=0),

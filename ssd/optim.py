@@ -27,11 +27,11 @@ class OptimizerRule:
 class AdamW(OptimizerRule):
     """Loshchilov and Hutter 2019, in torch's fused form."""
 
-    betas: Sequence[float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
-        return torch.optim.AdamW(groups, lr=0.0, betas=tuple(self.betas), eps=self.eps, fused=True)
+        return torch.optim.AdamW(groups, lr=0.0, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ PLAIN = (bool, int, float, str, type(None))
 class Recorded:
     """Remembers the arguments it was built with; `describe` turns them into a record."""
 
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
     def __new__(cls, *args: Any, **kwargs: Any):
         self = super().__new__(cls)
         object.__setattr__(self, "_arguments", (args, kwargs))

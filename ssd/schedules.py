@@ -4,6 +4,7 @@ Schedules are frozen values without a counter: progress comes in, so resuming ne
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ssd.errors import UserError
@@ -44,6 +45,7 @@ class Schedule:
 
     start: float
     end: float
+    every: str = "step"
 
     def value(self, step: int, total: int, steps_per_epoch: int) -> float:
         """The value in force during optimiser step `step` (from 0) of `total`."""
@@ -53,6 +55,9 @@ class Schedule:
                 step, epochs, lambda length: round(in_steps(length, total, steps_per_epoch) / steps_per_epoch)
             )
         return self._value(step, total, lambda length: in_steps(length, total, steps_per_epoch))
+
+    def _value(self, tick: int, ticks: int, length_in_ticks: Callable[[Length], int]) -> float:
+        raise TypeError(f"{type(self).__name__} must say its value at a tick")
 
     def scaled(self, factor: float) -> "Schedule":
         """The same shape with the start (the peak) multiplied; the end is a floor and stays."""
@@ -72,9 +77,8 @@ class Linear(Schedule):
     """
 
     until: Length = 1.0
-    every: str = "step"
 
-    def _value(self, tick, ticks, length_in_ticks):
+    def _value(self, tick: int, ticks: int, length_in_ticks: Callable[[Length], int]) -> float:
         way = length_in_ticks(self.until)
         if tick >= way:
             return self.end
@@ -95,9 +99,8 @@ class Cosine(Schedule):
 
     warmup: Length = 0.0
     warmup_start: float = 0.0
-    every: str = "step"
 
-    def _value(self, tick, ticks, length_in_ticks):
+    def _value(self, tick: int, ticks: int, length_in_ticks: Callable[[Length], int]) -> float:
         rise = length_in_ticks(self.warmup)
         if tick < rise:
             return self.warmup_start + (self.start - self.warmup_start) * tick / max(rise - 1, 1)

@@ -21,6 +21,8 @@ class Centering(nn.Module):
         momentum: share of the old centre that is kept, in [0, 1]; 0.999 collapses in the published ablation.
     """
 
+    center: Tensor
+
     def __init__(self, num_prototypes: int, momentum: float = 0.9):
         super().__init__()
         if not 0 <= momentum <= 1:

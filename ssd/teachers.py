@@ -64,8 +64,8 @@ class EMA(Teacher):
 
         Matched by name: the student may hold more (a mask token), never less.
         """
-        theirs = dict(student.named_parameters())
-        mine = dict(self.network.named_parameters())
+        theirs: dict[str, Tensor] = dict(student.named_parameters())
+        mine: dict[str, Tensor] = dict(self.network.named_parameters())
         if self.buffers_policy == "average":
             theirs |= {name: buffer for name, buffer in student.named_buffers() if buffer.is_floating_point()}
             mine |= {name: buffer for name, buffer in self.network.named_buffers() if buffer.is_floating_point()}

@@ -20,7 +20,7 @@ def cross_view_cross_entropy(
     """
     student_views, target_views = len(student.features if isinstance(student, Scores) else student), len(target)
     everything = target.sum(0)
-    loss = 0
+    loss = torch.zeros_like(target[0, :, 0])
     for view in range(student_views):
         logits = (student[view].logits() if isinstance(student, Scores) else student[view]).float() / temperature
         same = skip_same_view and view < target_views
