@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 
 from ssd.batch import Batch
 from ssd.data.broken import BrokenPictures
@@ -212,7 +213,13 @@ class PictureData(Recorded, pl.LightningDataModule):
         rank, world = self._place()
         normalisation = None if self._photometry_on_device() else (self.mean, self.std)
         sampler = EpochSampler(
-            len(dataset), self.batch_size, rank=rank, world=world, seed=self.seed, steps_done=self._steps_done
+            len(dataset),
+            self.batch_size,
+            rank=rank,
+            world=world,
+            seed=self.seed,
+            steps_per_epoch=self._steps_per_epoch(len(dataset) // (self.batch_size * world)),
+            steps_done=self._steps_done,
         )
         collate = Collate(self.batch_size * world, dataset.pictures.source.labels is not None, normalisation)
         return self._loader(dataset, collate, persistent=True, batch_sampler=sampler)
@@ -269,6 +276,8 @@ class PictureData(Recorded, pl.LightningDataModule):
             collate_fn=Packed(collate) if workers else collate,
             num_workers=workers,
             pin_memory=self._device_type() == "cuda",
+            # of workers' seeds, which nothing uses: drawn from the global one they would change drop path's draws
+            generator=torch.Generator(),
             **order,
             **(apart if workers else {}),
         )
@@ -280,6 +289,11 @@ class PictureData(Recorded, pl.LightningDataModule):
 
     def _steps_done(self) -> int:
         return 0 if self.trainer is None else int(getattr(self.trainer.lightning_module, "step", 0))
+
+    def _steps_per_epoch(self, whole: int) -> int:
+        """What the trainer takes of an epoch of `whole` steps."""
+        limit = getattr(self.trainer, "limit_train_batches", 1.0)
+        return max(1, min(limit, whole) if isinstance(limit, int) else int(limit * whole))
 
     def _place(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -35,6 +35,15 @@ def test_an_epoch_takes_every_sample_at_most_once_and_leaves_out_less_than_a_ste
     assert set(seen) <= set(range(103))
 
 
+@given(steps=integers(1, 12), done=integers(0, 60))
+def test_a_shortened_epoch_is_the_beginning_of_its_order(steps, done):
+    taken = min(steps, 10)
+    whole = list(EpochSampler(103, 10, steps_done=lambda: done // taken * 10))
+    shortened = EpochSampler(103, 10, steps_per_epoch=steps, steps_done=lambda: done)
+    assert list(shortened) == whole[done % taken : taken]
+    assert len(shortened) == 10, "the trainer's limit is a share of this"
+
+
 def test_epochs_and_seeds_have_orders_of_their_own():
     orders = []
     for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1)]:
