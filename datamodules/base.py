@@ -172,7 +172,13 @@ class PictureData(Recorded, pl.LightningDataModule):
 
     def describe_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data."""
-        return {"mean": self.mean, "std": self.std, "channels": self.channels, "fingerprint": self.fingerprint()}
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "channels": self.channels,
+            "seed": self.seed,
+            "fingerprint": self.fingerprint(),
+        }
 
     # ------------------------------------------------------------------ set-up
 

@@ -4,7 +4,6 @@ A method states itself in `targets`, `losses` and `update`; everything else is h
 arithmetic of one optimiser step without a trainer; `SelfDistillation` runs it inside Lightning.
 """
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -135,6 +136,7 @@ class SelfDistillation(Recorded, pl.LightningModule):
         self.steps_per_epoch = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
+        self.samples_per_step = 0
         self.stop_requested = False
         self.last_report: StepReport | None = None
         self.config_text: str | None = None
@@ -174,12 +176,8 @@ class SelfDistillation(Recorded, pl.LightningModule):
 
         Raises UserError when a resumed run was planned with another length.
         """
-        if self.step > 0 and (self.total_steps, self.steps_per_epoch) != (total_steps, steps_per_epoch):
-            raise UserError(
-                f"the checkpoint belongs to a run of {self.total_steps} steps, {self.steps_per_epoch} an epoch; this run "
-                f"has {total_steps}, {steps_per_epoch} an epoch. Schedules depend on the length: resume with the same "
-                "data, batch size and length, or start a new run from its weights (backbone.weights)."
-            )
+        if self.step > 0:
+            refuse_another_length((self.total_steps, self.steps_per_epoch), (total_steps, steps_per_epoch))
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
 
     # ------------------------------------------------------------------ the step
@@ -305,7 +303,15 @@ class SelfDistillation(Recorded, pl.LightningModule):
     # ------------------------------------------------------------------ inside Lightning
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
-        wanted = (self.step + 1) % self.trainer.log_every_n_steps == 0
+        if self.samples_per_step not in (0, batch.total):
+            raise UserError(
+                f"the checkpoint belongs to a run of {self.samples_per_step} samples a step; this run has {batch.total}, so "
+                f"it would not see the same batches. Set data.batch_size to {self.samples_per_step} divided by the number "
+                "of processes, or start a new run from its weights (backbone.weights)."
+            )
+        self.samples_per_step = batch.total
+        every = self.trainer.log_every_n_steps
+        wanted = every > 0 and (self.step + 1) % every == 0
         strategy = self.trainer.strategy
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         optimizers = self.optimizers(use_pl_optimizer=False)
@@ -326,11 +332,16 @@ class SelfDistillation(Recorded, pl.LightningModule):
         if wanted:
             self._log_step(report)
         if report.stop or self.step >= self.total_steps:
-            self.trainer.should_stop = True
+            self._stop()
+
+    def _stop(self) -> None:
+        """Ends the run here, whatever least number of epochs or steps the trainer was given for other reasons to stop."""
+        self.trainer.fit_loop.min_epochs, self.trainer.fit_loop.epoch_loop.min_steps = 0, None
+        self.trainer.should_stop = True
 
     def _on_skipped_step(self, report: StepReport) -> None:
         named = ", ".join(name if name == "gradient" else f"loss term '{name}'" for name in report.not_finite)
-        warnings.warn(f"step {self.step - 1} was skipped: {named} not finite. Nothing was changed.", stacklevel=2)
+        rank_zero_warn(f"step {self.step - 1} was skipped: {named} not finite. Nothing was changed.")
         if self.skipped_in_a_row >= self.max_skipped_steps:
             raise UserError(
                 f"{self.skipped_in_a_row} steps in a row were not finite ({named}), so the run cannot go on. The last "
@@ -359,11 +370,20 @@ class SelfDistillation(Recorded, pl.LightningModule):
                     f"train/schedule/{name}", value_at(value, self.step - 1, self.total_steps, self.steps_per_epoch)
                 )
 
+    @pl.LightningModule.trainer.setter  # type: ignore[attr-defined]
+    def trainer(self, trainer: pl.Trainer | None) -> None:
+        """Set where a fit begins, the only moment before Lightning takes no length for 1000 epochs."""
+        pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self.steps is not None:
+            trainer.fit_loop.max_epochs = -1
+        elif trainer.max_epochs in (None, -1):
+            raise UserError("the run has no length. Set trainer.max_epochs, or steps in the method.")
+
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
-        if self.steps is None and self.trainer.max_epochs in (None, -1):
-            raise UserError("the run has no length. Set trainer.max_epochs, or steps in the method.")
         batch_norms = [m for m in self.modules() if isinstance(m, NORMALISATIONS)]
         if batch_norms and not self.ghost_norm:
             if self.micro_batches > 1:
@@ -401,18 +421,28 @@ class SelfDistillation(Recorded, pl.LightningModule):
         return []
 
     def on_fit_start(self) -> None:
-        if self.steps is not None:
-            self.trainer.fit_loop.max_epochs = -1
+        self.stop_requested, self.last_report = False, None
 
     def on_train_start(self) -> None:
         steps_per_epoch = int(self.trainer.num_training_batches)
-        total = self.steps if self.steps is not None else self.trainer.fit_loop.max_epochs * steps_per_epoch
-        self.begin(total, steps_per_epoch)
-        if self.step >= total:
-            self.trainer.should_stop = True
-        if self._generators is not None:
-            restore_generators(self._generators)
-            self._generators = None
+        self.begin(self._length(steps_per_epoch), steps_per_epoch)
+        if self.step >= self.total_steps:
+            self._stop()
+        states, self._generators = self._generators, None
+        if states is not None and len(states) == world_size():
+            restore_generators(states[rank()])
+        elif states is not None:
+            rank_zero_warn(
+                f"the checkpoint was written by {len(states)} processes and is resumed by {world_size()}: drop path and "
+                "dropout draw anew; data and masks are the same."
+            )
+            spread_generators(self.step)
+        elif self.step == 0 and world_size() > 1:
+            spread_generators(self.step)
+
+    def _length(self, steps_per_epoch: int) -> int:
+        """Of the whole run in steps, as the settings say it."""
+        return self.steps if self.steps is not None else self.trainer.max_epochs * steps_per_epoch
 
     def configure_optimizers(self) -> list[Optimizer]:
         return [plan.optimizer.build(parameter_groups(plan.module, self.decay_rule)) for plan in self.optimized()]
@@ -440,30 +470,89 @@ class SelfDistillation(Recorded, pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `validate`, `probe` and `export` need, and every rank's generators for exact resume."""
+        about = {"method": self.record(), "config": self.config_text, "version": code_version()}
+        checkpoint["ssd"] = about | self._what_is_seen()
+        checkpoint["generators"] = gather_objects(generator_states())
+        if self.steps_per_epoch:
+            checkpoint["epoch"] = self.step // self.steps_per_epoch
+            checkpoint["loops"]["fit_loop"] |= place_in_run(self.step, self.steps_per_epoch)
+
+    def _what_is_seen(self) -> dict[str, Any]:
+        """Views and data, as plain data."""
         datamodule = self.trainer.datamodule
         about = {
-            "method": self.record(),
             "views": describe(self.views),
             "data": datamodule.record() if isinstance(datamodule, Recorded) else None,
-            "config": self.config_text,
-            "version": code_version(),
         }
-        if datamodule is not None and hasattr(datamodule, "describe_state"):
-            about |= datamodule.describe_state()
-        checkpoint["ssd"] = about
-        checkpoint["generators"] = gather_objects(generator_states())
+        return about | (datamodule.describe_state() if hasattr(datamodule, "describe_state") else {})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        method = checkpoint.get("ssd", {}).get("method", {}).get("class_path")
-        if method is not None and method.rpartition(".")[2] != type(self).__name__:
+        if "ssd" not in checkpoint:
             raise UserError(
-                f"the checkpoint was made by {method.rpartition('.')[2]} and cannot continue as {type(self).__name__}. Use "
-                "the same method, or start a new run from its backbone (backbone.weights)."
+                "the checkpoint was not written by a run of this project. To start from its weights, give it as "
+                "backbone.weights."
             )
-        self._generators = checkpoint.get("generators")
+        method = checkpoint["ssd"]["method"]["class_path"].rpartition(".")[2]
+        if method != type(self).__name__:
+            raise UserError(
+                f"the checkpoint was made by {method} and cannot continue as {type(self).__name__}. Use the same method, or "
+                "start a new run from its backbone (backbone.weights)."
+            )
+        self._generators = checkpoint["generators"]
+        counts = checkpoint["state_dict"]["_extra_state"]
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING or not counts["step"]:
+            return
+        total, steps_per_epoch = counts["total_steps"], counts["steps_per_epoch"]
+        # what can be told before data is loaded, and before Lightning finds more epochs done than were asked for
+        refuse_another_length((total, steps_per_epoch), (self._length(steps_per_epoch), steps_per_epoch))
+        before, now = checkpoint["ssd"], self._what_is_seen()
+        changed = [name for name in SEEN if before.get(name) != now.get(name)]
+        if changed:
+            rank_zero_warn(
+                f"the run goes on with other data than the checkpoint's: {', '.join(changed)} changed. It is not the run "
+                "that it would have been without a stop."
+            )
 
 
-COUNTS = ("step", "total_steps", "steps_per_epoch", "skipped_steps", "skipped_in_a_row")
+COUNTS = ("step", "total_steps", "steps_per_epoch", "skipped_steps", "skipped_in_a_row", "samples_per_step")
+SEEN = ("views", "fingerprint", "mean", "std", "channels", "seed")
+"""Of what a checkpoint says of views and data that which decides what a step sees."""
+
+
+def refuse_another_length(before: tuple[int, int], now: tuple[int, int]) -> None:
+    """Raises UserError where steps in all and steps an epoch are not those of the checkpoint."""
+    if before != now:
+        raise UserError(
+            f"the checkpoint belongs to a run of {before[0]} steps, {before[1]} an epoch; this run has {now[0]}, {now[1]} an "
+            "epoch. Schedules depend on the length: resume with the same data, batch size and length, or start a new run "
+            "from its weights (backbone.weights)."
+        )
+
+
+def place_in_run(step: int, steps_per_epoch: int) -> dict[str, Any]:
+    """Lightning's own account of a run after `step` steps, to be put into its loop state.
+
+    Lightning takes an epoch for done when its loop ends, also where a run was stopped within it, and would then
+    leave out the rest. Within an epoch this is the state at `on_train_batch_end`, where a batch is processed and
+    not yet completed; at its end nothing is open.
+    """
+    epochs, batches = divmod(step, steps_per_epoch)
+    open_ = int(batches > 0)
+
+    def count(begun: int, processed: int, completed: int) -> dict[str, int]:
+        return {"ready": begun, "started": begun, "processed": processed, "completed": completed}
+
+    epoch, none = count(epochs + open_, epochs, epochs), count(0, 0, 0)
+    return {
+        "epoch_progress": {"total": epoch, "current": epoch.copy()},
+        "epoch_loop.batch_progress": {
+            "total": count(step, step, step - open_),
+            "current": count(batches, batches, batches - open_),
+            "is_last_batch": False,
+        },
+        "epoch_loop.val_loop.batch_progress": {"total": none, "current": none.copy(), "is_last_batch": False},
+        "epoch_loop.state_dict": {"_batches_that_stepped": step - open_},
+    }
 
 
 def trained_gradients(module: nn.Module) -> tuple[list[str], list[Tensor]]:
@@ -486,19 +575,15 @@ def generator_states() -> dict[str, Tensor]:
     return states
 
 
-def restore_generators(states: list[dict[str, Tensor]]) -> None:
-    """Each rank takes its own state; with another number of ranks there is none to take and a warning says so."""
-    if len(states) != world_size():
-        warnings.warn(
-            f"the checkpoint was written by {len(states)} processes and is resumed by {world_size()}: drop path and "
-            "dropout draw anew; data and masks are the same.",
-            stacklevel=2,
-        )
-        return
-    mine = states[rank()]
-    torch.set_rng_state(mine["cpu"].cpu())
-    if torch.cuda.is_available() and "cuda" in mine:
-        torch.cuda.set_rng_state(mine["cuda"].cpu())
+def restore_generators(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"].cpu())
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu())
+
+
+def spread_generators(step: int) -> None:
+    """A seed for each rank and step, derived from the global one: else all ranks would drop the same paths."""
+    torch.manual_seed(torch.initial_seed() + step * world_size() + rank())
 
 
 def code_version() -> str:

@@ -228,7 +228,7 @@ def test_measured_normalisation_makes_the_data_standard(folder):
     again.prepare(PlainViews(size=12))
     assert (again.mean, again.std, again.fingerprint()) == (data.mean, data.std, data.fingerprint())
     assert data.describe_state() == {
-        "mean": data.mean, "std": data.std, "channels": 3, "fingerprint": data.fingerprint()
+        "mean": data.mean, "std": data.std, "channels": 3, "seed": data.seed, "fingerprint": data.fingerprint()
     }  # fmt: skip
 
 
