@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,26 +18,40 @@ class Preemption(pl.Callback):
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._limit_val_batches: int | float | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer, pl_module) -> None:
         def request(number: int, frame: Any) -> None:
             self.received = signal.Signals(number).name
             pl_module.stop_requested = True
-            signal.signal(number, self._before[number])
+            signal.signal(number, handlers[signal.Signals(number)])
 
-        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.received = None
+        if threading.current_thread() is not threading.main_thread():
+            return  # handlers are the main thread's
+        handlers: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+        self._handlers = handlers
         for number in SIGNALS:
             signal.signal(number, request)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if pl_module.last_report is not None and pl_module.last_report.stop:
+        if pl_module.last_report.stop:
             # an evaluation could outlast the time that is left
-            trainer.limit_val_batches = 0
+            self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
             if self.received is not None:
                 print(f"{self.received}: stopping at step {pl_module.step}", file=sys.stderr, flush=True)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # before Lightning puts its own handlers back to what was there before them
+        self._restore()
+        if self._limit_val_batches is not None:
+            trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._handlers = {}
