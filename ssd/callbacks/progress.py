@@ -1,7 +1,9 @@
 """One line of progress for the whole run."""
 
+import math
 import sys
 import time
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
@@ -20,8 +22,8 @@ class RunProgress(ProgressBar):
         self.plain_every_s = plain_every_s
         self._enabled = True
         self._progress: Progress | None = None
+        self._since: float | None = None
         self._printed = 0.0
-        self._since = 0.0
         self._first_step = 0
 
     def enable(self) -> None:
@@ -30,10 +32,12 @@ class RunProgress(ProgressBar):
     def disable(self) -> None:
         self._enabled = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._enabled or trainer.global_rank != 0:
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        # the first hook of a callback that knows how long the run is
+        if self._since is not None or not self._enabled or trainer.global_rank != 0:
             return
         self._since, self._first_step = time.monotonic(), pl_module.step
+        self._printed = -math.inf
         if sys.stderr.isatty():
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -51,14 +55,15 @@ class RunProgress(ProgressBar):
             self._progress.start()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if not self._enabled or trainer.global_rank != 0:
+        if self._since is None:
             return
         now = time.monotonic()
+        last = pl_module.step == pl_module.total_steps or pl_module.last_report.stop
         if self._progress is not None:
-            if pl_module.step % 5 == 0 or pl_module.step == pl_module.total_steps:
+            if pl_module.step % 5 == 0 or last:
                 numbers = self._numbers(trainer, pl_module)
                 self._progress.update(self._task, completed=pl_module.step, numbers=numbers)
-        elif now - self._printed > self.plain_every_s or pl_module.step == pl_module.total_steps:
+        elif now - self._printed > self.plain_every_s or last:
             self._printed = now
             done = pl_module.step - self._first_step
             left = (now - self._since) / max(done, 1) * (pl_module.total_steps - pl_module.step)
@@ -68,7 +73,7 @@ class RunProgress(ProgressBar):
                 flush=True,
             )
 
-    def _numbers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+    def _numbers(self, trainer: pl.Trainer, pl_module: Any) -> str:
         parts = [f"{name} {value:.4f}" for name, value in pl_module.last_report.terms.items()]
         if "train/speed/images_per_s" in trainer.callback_metrics:
             parts.append(f"{trainer.callback_metrics['train/speed/images_per_s']:.0f} images/s")
@@ -86,6 +91,7 @@ class RunProgress(ProgressBar):
         self._close()
 
     def _close(self) -> None:
+        self._since = None
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -30,6 +30,9 @@ class Throughput(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last = None
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        self._last = None
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         now = time.perf_counter()
         if self._last is not None:
@@ -37,8 +40,9 @@ class Throughput(pl.Callback):
             self.seconds += now - self._last
             self.images += batch.total
         self._last = now
-        if pl_module.step % trainer.log_every_n_steps == 0 and self.rates:
-            recent = list(self.rates)[-trainer.log_every_n_steps :]
+        every = trainer.log_every_n_steps
+        if every and pl_module.step % every == 0 and self.rates:
+            recent = list(self.rates)[-every:]
             pl_module.log("train/speed/images_per_s", statistics.median(recent))
             if torch.cuda.is_available():
                 pl_module.log("train/memory/peak_gib", torch.cuda.max_memory_allocated() / 2**30)
