@@ -163,7 +163,8 @@ class SelfDistillation(Recorded, pl.LightningModule):
     @property
     def evaluated_backbone(self) -> Backbone:
         """What probes and exports use: the teacher's backbone where the teacher follows the student, else the student's."""
-        return self.teacher.network.backbone if self.teacher.follows else self.student.backbone
+        network: Any = self.teacher.network if self.teacher.follows else self.student
+        return network.backbone
 
     # ------------------------------------------------------------------ time
 
@@ -215,7 +216,7 @@ class SelfDistillation(Recorded, pl.LightningModule):
         for number in range(slices):
             with accumulate() if number < slices - 1 else nullcontext():
                 part = self.losses(batch.part(number, slices), targets.part(number, slices))
-                loss = sum(self._weight(name) * term for name, term in part.items())
+                loss: Any = sum(self._weight(name) * term for name, term in part.items())
                 backward(loss * world_size())
             total = total + loss.detach()
             for name, term in part.items():
@@ -280,8 +281,8 @@ class SelfDistillation(Recorded, pl.LightningModule):
         self, terms: dict[str, Tensor], total: Tensor, norms: list[Tensor], targets: Targets | None
     ) -> StepReport:
         """Sums the terms over ranks and finds out whether all is finite on all of them. The step's one wait."""
-        measured = targets is not None and hasattr(targets, "probs")
-        spread = entropy(targets.probs).mean()[None].float() if measured else total.new_zeros(1)
+        probs = getattr(targets, "probs", None)
+        spread = total.new_zeros(1) if probs is None else entropy(probs).mean()[None].float()
         parts = torch.stack([*(term.float() for term in terms.values()), total.float()])
         norm = torch.linalg.vector_norm(torch.cat(norms))
         flags = torch.cat([~parts.isfinite(), ~norm.isfinite()[None]]).float()
@@ -295,7 +296,7 @@ class SelfDistillation(Recorded, pl.LightningModule):
             terms=dict(zip(terms, sums, strict=True)),
             total=total_sum,
             gradient_norm=norm_sum / world_size(),
-            teacher_entropy=spread_sum / world_size() if measured else None,
+            teacher_entropy=None if probs is None else spread_sum / world_size(),
             not_finite=flagged,
             stop=bool(values[len(names)]),
         )

@@ -132,7 +132,7 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, must: bool = False) -> bool:
         """Whether it was written; all ranks call this, and all are told."""
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return False
         path = self._path / name
         failure = ""
