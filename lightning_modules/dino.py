@@ -13,7 +13,7 @@ from ssd.errors import UserError
 from ssd.heads import Branch, PrototypeHead
 from ssd.losses.prototype import cross_view_cross_entropy
 from ssd.schedules import Cosine, Linear, Schedule
-from ssd.targets import target_by_rule
+from ssd.targets import Centering, Sinkhorn, target_by_rule
 from ssd.teachers import EMA
 from ssd.views.view import Views
 
@@ -72,7 +72,7 @@ class DINO(SelfDistillation):
         )
         self.student = Branch(backbone, head)
         self.teacher = EMA(self.student, buffers=teacher_buffers)
-        self.center = target_by_rule(target_rule, num_prototypes, center_momentum)
+        self.center: Centering | Sinkhorn = target_by_rule(target_rule, num_prototypes, center_momentum)
         kinds = self.views.kinds()
         if "global" not in kinds or sum(map(len, kinds.values())) < 2:
             raise UserError(

@@ -89,7 +89,7 @@ class DINOViews(Views):
                 strict=True,
             )
         )
-        kinds = {"global": (first, second)}
+        kinds: dict[str, tuple[View, ...]] = {"global": (first, second)}
         if self.local_count:
             kinds["local"] = (local,) * self.local_count
         return kinds
