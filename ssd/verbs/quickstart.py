@@ -58,6 +58,10 @@ def run(argv: list[str]) -> int:
         return status
     checkpoint = out / "checkpoints" / "last.ckpt"
     module, about = load_module(checkpoint)
+    if module.step < module.total_steps:
+        raise UserError(
+            f"the run was stopped at step {module.step} of {module.total_steps}. Go on with ssd fit --ckpt_path {checkpoint}."
+        )
     data = load_data([], about, "quickstart")
     bank, queries = features_of(module.evaluated_backbone, data, ["knn"], "pretrained", device="cpu")
     report = compare_with_baselines(about, data, bank, queries, arguments.draws, arguments.seed, device="cpu")
