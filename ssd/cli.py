@@ -1,28 +1,28 @@
 """The `ssd` command: Lightning's verbs (fit, validate, test, predict) and our own beside them."""
 
+import contextlib
 import difflib
+import glob
 import importlib
-import inspect
+import importlib.metadata
 import logging
 import os
-import pkgutil
-import re
+import shutil
 import sys
 import time
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
-from ssd.configs_path import config_file, config_names
+from ssd.configs_path import config_names
 from ssd.errors import UserError
+from ssd.verbs.arguments import checkpoint_typed, expand, import_choices, stored_config
 
 LIGHTNING_VERBS = {
     "fit": "pretrain; ends with a table of what was learned",
     "validate": "the online evaluation of a checkpoint again",
-    "test": "the online evaluation on the test data",
-    "predict": "embeddings of the evaluation pictures",
+    "test": "the same with all training samples as the bank",
+    "predict": "embeddings of all pictures, as a NumPy file",
 }
 OWN_VERBS = {
     "probe": "judge a checkpoint's frozen features: kNN, linear, few labels",
@@ -30,6 +30,35 @@ OWN_VERBS = {
     "methods": "list the methods with their papers and configs",
     "verify": "prove on this machine that resume is exact",
     "quickstart": "pretrain on the bundled digits and compare with pixels and an untrained network",
+}
+USAGE = """\
+usage: ssd VERB ...
+
+  ssd quickstart                                            see it work, in three minutes
+  ssd fit --config method/dino_small --data FOLDER          pretrain on your own pictures
+  ssd fit --ckpt_path runs/NAME/checkpoints/last.ckpt       go on
+  ssd probe runs/NAME/checkpoints/best.ckpt --baselines     judge what was learned
+  ssd export runs/NAME/checkpoints/best.ckpt --out DIR      take the backbone elsewhere
+
+ssd VERB --help explains a verb:
+"""
+DATA_HELP = (
+    "--data takes a path (a folder of pictures at any depth, a text file that lists them, Parquet), a class (Digits, "
+    "Images) or a data config, and --data.KEY VALUE its settings, which --data.help Images lists."
+)
+AGAIN_HELP = (
+    "Method, weights, views, data and precision are those of the checkpoint: --ckpt_path FILE is all it needs. Other data: "
+    "--data, as in ssd fit."
+)
+DESCRIPTIONS = {
+    "fit": "Pretrains a backbone and ends with a table of what it learned. A run is a method and data: "
+    "ssd fit --config method/dino_small --data FOLDER. --config takes a file or one of the names that `ssd` lists and may "
+    f"be repeated; what comes later counts. {DATA_HELP} --model.help DINO lists the settings of a method. --ckpt_path FILE, "
+    "without anything else, goes on with the run that wrote it.",
+    "validate": f"The online evaluation of a checkpoint again, with the same numbers as at the end of fit. {AGAIN_HELP}",
+    "test": f"As validate, with all training samples as the bank of neighbours. {AGAIN_HELP}",
+    "predict": "Embeddings of every picture of the data, held out or not, written as predictions.npz (features, labels, "
+    f"index) into the checkpoint's run. {AGAIN_HELP}",
 }
 
 
@@ -39,218 +68,147 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if argv[0] == "--version":
+        print(f"ssd {importlib.metadata.version('ssd')}")
+        return 0
     verb, rest = argv[0], argv[1:]
     try:
-        if verb in OWN_VERBS:
-            return importlib.import_module(f"ssd.verbs.{verb}").run(rest) or 0
-        if verb in LIGHTNING_VERBS:
-            return run_lightning(verb, rest)
-        raise UserError(f"'{verb}' is not a verb of ssd. Choose one of {', '.join([*LIGHTNING_VERBS, *OWN_VERBS])}.")
+        with warnings_for_people():
+            if verb in OWN_VERBS:
+                return importlib.import_module(f"ssd.verbs.{verb}").run(rest) or 0
+            if verb in LIGHTNING_VERBS:
+                return run_lightning(verb, rest)
+            raise UserError(unknown_verb(verb))
     except UserError as error:
-        print(f"ssd {verb}: error: {error}", file=sys.stderr)
+        print(f"ssd {verb}: error: {without_worker(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"ssd {verb}: interrupted", file=sys.stderr)
+    except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if error.filename is None:
+            raise
+        print(f"ssd {verb}: error: {error.filename}: {error.strerror}. Give another path.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"ssd {verb}: interrupted. {interrupt}".strip(), file=sys.stderr)
         return 130
+    except SystemExit as end:  # what a parser does after --help
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
 
 
 def usage() -> str:
-    lines = ["usage: ssd VERB ...", "", "ssd VERB --help explains a verb.", ""]
-    lines += [f"  {verb:<12}{what}" for verb, what in (LIGHTNING_VERBS | OWN_VERBS).items()]
-    lines += ["", "configs that --config finds by name:", "  " + "  ".join(config_names())]
-    return "\n".join(lines)
+    lines = [USAGE, *(f"  {verb:<12}{what}" for verb, what in (LIGHTNING_VERBS | OWN_VERBS).items())]
+    lines += ["", "configs that --config finds by name:"]
+    folders: dict[str, list[str]] = {}
+    for name in config_names():
+        folders.setdefault(name.rpartition("/")[0], []).append(name)
+    return "\n".join([*lines, *("  " + "  ".join(names) for names in folders.values())])
 
 
-def import_choices() -> None:
-    """Imports every method, datamodule and part a config can name, so that short class names resolve."""
-    from jsonargparse import set_parsing_settings
-
-    import datamodules
-    import lightning_modules
-    import ssd.backbones
-    from ssd.optim import OptimizerRule
-    from ssd.schedules import Schedule
-    from ssd.views.view import Views
-
-    # settings that are dataclasses and have kinds: a config names the kind by its class
-    set_parsing_settings(subclasses_enabled=[OptimizerRule, Schedule, Views])
-    for package in (lightning_modules, datamodules, ssd.backbones):
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+def unknown_verb(verb: str) -> str:
+    verbs = [*LIGHTNING_VERBS, *OWN_VERBS]
+    near = difflib.get_close_matches(verb, verbs, n=1)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return f"'{verb}' is not a verb of ssd.{meant} Choose one of {', '.join(verbs)}."
 
 
-# ---------------------------------------------------------------------- arguments
+def without_worker(message: str) -> str:
+    """The message itself, of an error that a loader's process raised and PyTorch wrapped in its traceback."""
+    if not message.startswith("Caught ") or "Original Traceback" not in message:
+        return message
+    return message.rpartition("UserError: ")[2].strip()
 
 
-def expand(verb: str, argv: list[str]) -> list[str]:
-    """Turns what a user types into what the parser takes: configs by name, `--data FOLDER`, `--ckpt_path` alone."""
-    expanded: list[str] = []
-    words = iter(argv)
-    for word in words:
-        option, equals, value = word.partition("=")
-        if option in ("--config", "-c", "--data", "--ckpt_path", "--json"):
-            if not equals:
-                value = next(words, None)
-                if value is None:
-                    raise UserError(f"{option} needs a value.")
-            if option in ("--config", "-c"):
-                expanded += ["--config", str(config_file(value))]
-            elif option == "--data":
-                expanded += data_arguments(value)
-            elif option == "--ckpt_path":
-                expanded += ["--ckpt_path", value]
-                if value not in ("last", "best", "null"):
-                    expanded = stored_config(verb, Path(value)) + expanded
-            else:
-                expanded += [option, value]
-        else:
-            expanded.append(word)
-    return expanded
+@contextlib.contextmanager
+def warnings_for_people() -> Iterator[None]:
+    """Warnings as one line each, without those that are for developers or about what we do on purpose."""
 
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
-def data_arguments(value: str) -> list[str]:
-    """`--data` takes a class name, a data config, or a path whose kind decides the class."""
-    import_choices()
-    from datamodules.base import PictureData
-
-    if value in {cls.__name__ for cls in subclasses(PictureData)} or value.startswith("datamodules."):
-        return ["--data", value]
-    if value.endswith((".yaml", ".yml")) or value in config_names():
-        return ["--config", str(config_file(value))]
-    if Path(value).exists():
-        return ["--data", "Images", "--data.path", value]
-    raise UserError(
-        f"--data {value} is neither a path that exists, nor a class ({', '.join(sorted(class_names(PictureData)))}), nor a "
-        f"config ({', '.join(name for name in config_names() if name.startswith('data/'))})."
-    )
-
-
-def subclasses(cls: type) -> list[type]:
-    return [found for sub in cls.__subclasses__() for found in [sub, *subclasses(sub)]]
-
-
-def class_names(cls: type) -> set[str]:
-    return {sub.__name__ for sub in subclasses(cls)}
-
-
-def stored_config(verb: str, path: Path) -> list[str]:
-    """The config a checkpoint carries, as a file in front of all others."""
-    import tempfile
-
-    from ssd.weights.checkpoint import read_checkpoint
-
-    about = read_checkpoint(path)["ssd"]
-    config: dict[str, Any] = {"model": about["method"]}
-    if about.get("data"):
-        config["data"] = about["data"]
-    if verb == "fit" and about.get("config"):
-        config = yaml.safe_load(about["config"])
-        config.pop("ckpt_path", None)
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix="ssd-", delete=False) as file:
-        yaml.safe_dump(config, file)
-    return ["--config", file.name]
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        for text in (
+            ".*does not have many workers.*",
+            ".*LeafSpec.*",
+            ".*number of training batches.*smaller than the logging interval.*",
+            ".*Found .* module\\(s\\) in eval mode.*",
+            ".*Checkpoint directory .* exists and is not empty.*",
+            ".*Starting from v1.9.0, `tensorboardX`.*",
+            ".*srun.*",
+            "Grad strides do not match bucket view strides.*",
+            ".*args parameter is intended to run from within Python.*",
+        ):
+            warnings.filterwarnings("ignore", message=text)
+        warnings.showwarning = show
+        yield
 
 
 # ---------------------------------------------------------------------- Lightning's verbs
 
 
 def run_lightning(verb: str, argv: list[str]) -> int:
-    argv = expand(verb, argv)
-    if verb == "fit" and not any(word in ("--help", "-h") or word.startswith(("--config", "--model")) for word in argv):
-        raise UserError(
-            "ssd fit needs a method. For instance: ssd fit --config method/dino_small --data FOLDER, or ssd methods for a list."
-        )
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
-
-    quiet_warnings()
+    checkpoint = checkpoint_typed(argv)
+    argv = expand(argv, None if checkpoint is None else stored_config(verb, checkpoint))
+    command = command_class()
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        # once they are imported, which sets another level
+        logging.getLogger(name).setLevel(logging.WARNING)
+    named_before = "SSD_RUN_FOLDER" in os.environ
     try:
-        command_class()(verb, argv)
-    except MisconfigurationException as error:
-        raise UserError(str(error)) from error
-    except SystemExit as end:
-        return int(end.code or 0)
+        command(verb, argv)
     except Exception as error:
-        # the parser wraps what a class raised while it was built
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, UserError):
-                raise cause from None
-            cause = cause.__cause__ or cause.__context__
-        raise
+        mistake = user_error(error, verb)
+        if mistake is None:
+            raise
+        if not named_before:
+            remove_if_empty(os.environ.get("SSD_RUN_FOLDER"))
+        raise mistake from None
+    finally:
+        if not named_before:
+            os.environ.pop("SSD_RUN_FOLDER", None)
     return 0
 
 
-HINT = "ssd VERB --help lists all settings."
+def user_error(error: BaseException, verb: str) -> UserError | None:
+    """What the user has to mend, None for a fault of ours."""
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+    from ssd.verbs.settings import BadSetting, setting_message
 
-def setting_message(message: str) -> str:
-    """The parser's nested report, cut to which setting, what was given and what was expected."""
-    if not message.startswith('Parser key "'):
-        # either short already, or a part that the parser puts into a longer report, cut there
-        return message
-    keys = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    inner = re.search(rf"^\s*- (.*) {re.escape(HINT)}", message, re.MULTILINE)
-    if inner is not None:
-        return f"{keys}.{inner[1]} {HINT}"
-    owners = re.findall(r"'class_path': '([\w.]+)'", message)
-    given = re.findall(r"Given value: (.*)", message)
-    unknown = re.search(r"Option '([^']+)' is not accepted", message)
-    if unknown is not None:
-        name = unknown[1].rpartition(".")[2]
-        owner = next((cls for cls in owners if settings_of(cls)), "DINO")
-        near = difflib.get_close_matches(name, settings_of(owner), n=3)
-        hint = f" Nearest of {owner.rpartition('.')[2]}: {', '.join(near)}." if near else ""
-        return f"'{name}' is not a setting of {keys}.{hint} {HINT}"
-    subtypes = re.findall(r"Subtypes: \[(.*)\]", message)
-    if subtypes and given:
-        kinds = re.findall(r"<class '([\w.]+)'>|(?<![\w'.])([\w.]+\[[^\]]*\]|\w+)(?=,|$)", subtypes[-1])
-        expected = [(a or b).rpartition(".")[2] if a else b for a, b in kinds]
-        expected = [{"NoneType": "null", "str": "text"}.get(kind, kind) for kind in expected]
-        value = re.sub(r"^NestedArg\(key='[^']*', val='?(.*?)'?\)$", r"\1", given[0])
-        return f"{keys}: {value} was given, expected {' or '.join(expected)}. {HINT}"
-    return f"{message}\n{HINT}"
-
-
-def settings_of(class_name: str) -> list[str]:
-    """Names of the settings of a class, its bases included; none for a class that is not ours."""
-    from datamodules.base import PictureData
-    from lightning_modules.base import SelfDistillation
-    from ssd.backbones.base import Backbone
-    from ssd.optim import OptimizerRule
-    from ssd.schedules import Schedule
-    from ssd.views.view import Views
-
-    for base in (SelfDistillation, PictureData, Backbone, OptimizerRule, Schedule, Views):
-        for cls in subclasses(base):
-            if cls.__name__ == class_name.rpartition(".")[2]:
-                ours = [
-                    c for c in cls.__mro__ if c.__module__.split(".")[0] in ("ssd", "lightning_modules", "datamodules")
-                ]
-                return [name for c in ours for name in inspect.signature(c.__init__).parameters if name != "self"]
-    return []
-
-
-def quiet_warnings() -> None:
-    """Leaves out advice that does not apply: our loaders choose their workers, our steps are counted by us."""
-    for message in (
-        ".*does not have many workers.*",
-        ".*LeafSpec.*",
-        ".*`isinstance\\(treespec, LeafSpec\\)`.*",
-        ".*number of training batches.*smaller than the logging interval.*",
-        ".*Found .* module\\(s\\) in eval mode.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*Starting from v1.9.0, `tensorboardX`.*",
-        ".*srun.*",
-        ".*args parameter is intended to run from within Python.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    if isinstance(error, BadSetting):
+        return UserError(setting_message(str(error), verb))
+    if isinstance(error, MisconfigurationException):
+        return UserError(f"{error} ssd {verb} --help lists the settings of the trainer.")
+    cause: BaseException | None = error
+    while cause is not None:
+        # the parser wraps what a class raised while it was built
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def run_folder(method: str, data: str) -> str:
     """A fresh folder under `runs`, the same for all processes of a job."""
-    stamp = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
-    return os.environ.setdefault("SSD_RUN_FOLDER", f"runs/{method.lower()}-{data.lower()}-{stamp}")
+    if "SSD_RUN_FOLDER" not in os.environ:
+        job = os.environ.get("SLURM_JOB_ID")
+        name = os.path.abspath(f"runs/{method.lower()}-{data.lower()}-{job or time.strftime('%Y%m%d-%H%M%S')}")
+        folder, number = name, 1
+        # two runs that start in one second are two, but the processes of one run are not
+        while os.path.exists(folder) and not job and "RANK" not in os.environ:
+            number += 1
+            folder = f"{name}-{number}"
+        os.environ["SSD_RUN_FOLDER"] = folder
+    return os.environ["SSD_RUN_FOLDER"]
+
+
+def remove_if_empty(folder: str | None) -> None:
+    """Takes away what a run that never took a step has left: its config and logs without a line."""
+    if folder is None or not os.path.isdir(folder):
+        return
+    logs = glob.glob(f"{glob.escape(folder)}/csv/*/metrics.csv")
+    if not logs and {entry.name for entry in os.scandir(folder)} <= {"config.yaml", "csv", "tensorboard"}:
+        shutil.rmtree(folder)
 
 
 def command_class():
@@ -265,32 +223,35 @@ def command_class():
     from ssd.callbacks.progress import RunProgress
     from ssd.callbacks.run_config import RunConfig
     from ssd.callbacks.throughput import Throughput
-    from ssd.summary import evaluation_summary, fit_summary
+    from ssd.summary import check_json, evaluation_summary, fit_summary, shown, write_predictions
+    from ssd.verbs.settings import RaisesReports
+    from ssd.weights.checkpoint import read_checkpoint, strict_load
 
     import_choices()
     from datamodules.base import PictureData
     from lightning_modules.base import SelfDistillation
 
-    class Parser(LightningArgumentParser):
-        """Says what is wrong with a setting without the usage of two hundred others."""
-
-        def error(self, message: str, ex: Exception | None = None) -> None:
-            raise UserError(setting_message(message)) from ex
+    class Parser(RaisesReports, LightningArgumentParser):
+        """Lightning's, with our messages."""
 
     class Command(LightningCLI):
         """fit, validate, test and predict with our callbacks, folders and defaults."""
 
         def __init__(self, verb: str, argv: list[str]):
+            self.verb = verb
             super().__init__(
                 SelfDistillation,
                 PictureData,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
-                save_config_callback=RunConfig,
+                save_config_callback=RunConfig,  # type: ignore[arg-type]
                 auto_configure_optimizers=False,
                 parser_class=Parser,
                 seed_everything_default=0,
-                parser_kwargs={"prog": "ssd"},
+                parser_kwargs={
+                    "prog": "ssd",
+                    verb: {"description": DESCRIPTIONS[verb], "usage": f"ssd {verb} [settings]"},
+                },
                 trainer_defaults={
                     "use_distributed_sampler": False,
                     "log_every_n_steps": 10,
@@ -300,21 +261,46 @@ def command_class():
                 args=[verb, *argv],
             )
 
+        def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+            """What Lightning does not ask of a verb; of the one that is run, because parsers take time to build."""
+            ours = {"model", "datamodule", "ckpt_path", "weights_only"}
+            looks = ours | {"dataloaders", "verbose"}
+            fit = ours | {"train_dataloaders", "val_dataloaders"}
+            skipped = {"fit": fit, "validate": looks, "test": looks, "predict": looks | {"return_predictions"}}
+            return {self.verb: skipped[self.verb]}
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(OnlineEvaluation, "evaluation")
             parser.add_lightning_class_args(Checkpoints, "checkpoints")
+            parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint that ssd fit wrote.")
             parser.add_argument("--json", type=str | None, default=None, help="File for the numbers of the end table.")
-            parser.set_defaults({"data": {"class_path": "datamodules.digits.Digits"}})
+
+        def _parse_ckpt_path(self) -> None:
+            """Lightning would look for settings in the checkpoint here; ours came in front of the arguments."""
 
         def before_instantiate_classes(self) -> None:
-            config = self.config[self.subcommand]
-            if config.trainer.default_root_dir is None:
-                names = (settings.class_path.rpartition(".")[2] for settings in (config.model, config.data))
-                config.trainer.default_root_dir = run_folder(*names)
+            config = self.settings
+            for section in ("model", "data"):
+                if config[section] is None:
+                    raise UserError(
+                        f"{section}: null was given, expected a class. ssd {self.subcommand} --help explains."
+                    )
+            check_trainer(config.trainer)
+            check_json(config.json)
             data = config.data.init_args
             if data.get("seed") == 0 and isinstance(config.seed_everything, int):
                 data.seed = config.seed_everything
+            for key in ("path", "val_path"):
+                if isinstance(data.get(key), str):
+                    data[key] = from_anywhere(data[key])
             set_channels(config.model, data.get("channels", 3))
+            if config.trainer.default_root_dir is None:
+                names = (settings.class_path.rpartition(".")[2] for settings in (config.model, config.data))
+                config.trainer.default_root_dir = run_folder(*names)
+
+        def after_instantiate_classes(self) -> None:
+            if self.subcommand == "fit":
+                check_view_sizes(self.model)
 
         def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
             config = self._get(self.config_init, "trainer")
@@ -325,29 +311,65 @@ def command_class():
             kwargs["plugins"] = [*as_list(config["plugins"]), AtomicCheckpointIO()]
             self.throughput = Throughput()
             ours = [self.throughput, Preemption()]
-            if fitting and config["enable_progress_bar"] is not False:
-                ours.append(RunProgress())
+            if config["enable_progress_bar"] is not False:
+                if fitting:
+                    ours.append(RunProgress())
+                else:
+                    kwargs["enable_progress_bar"] = sys.stdout.isatty()
             kwargs["callbacks"] = [*as_list(config["callbacks"]), *ours]
             return super().instantiate_trainer(**kwargs)
 
+        # ------------------------------------------------------------------ verbs
+
+        def fit(self, **settings: Any) -> None:
+            self.load()
+            try:
+                self.trainer.fit(ckpt_path=self.settings.ckpt_path, weights_only=True, **settings)
+            except SystemExit as end:  # how Lightning passes on that it was interrupted
+                last = self.callback("checkpoints").last_model_path
+                raise KeyboardInterrupt(f"Go on with: ssd fit --ckpt_path {shown(last)}" if last else "") from end
+
         def after_fit(self) -> None:
             stopped = self.model.last_report is not None and self.model.last_report.stop
-            if not stopped and self.callback("evaluation").step != self.model.step:
+            evaluation = self.callback("evaluation")
+            if not stopped and evaluation.step != self.model.step:
                 self.trainer.validate(self.model, self.datamodule, verbose=False)
             fit_summary(
                 self.trainer,
                 self.model,
-                numbers=self.callback("evaluation").numbers,
+                evaluation=evaluation,
                 checkpoints=self.callback("checkpoints"),
                 throughput=self.throughput,
-                finished=not stopped,
-                json_file=self.config[self.subcommand].json,
+                json_file=self.settings.json,
             )
 
-        def after_validate(self) -> None:
-            evaluation_summary(self.callback("evaluation").numbers, self.config[self.subcommand].json)
+        def validate(self, **settings: Any) -> None:
+            self.load()
+            self.trainer.validate(verbose=False, **settings)
+            file = self.settings.ckpt_path
+            heading = "untrained" if file is None else f"{file}, step {self.model.step}"
+            evaluation_summary(self.callback("evaluation").numbers, heading, self.settings.json)
 
-        after_test = after_validate
+        def test(self, **settings: Any) -> None:
+            self.datamodule.val_dataloader = self.datamodule.test_dataloader
+            self.validate(**settings)
+
+        def predict(self, **settings: Any) -> None:
+            self.load()
+            predictions: Any = self.trainer.predict(**settings)
+            write_predictions(predictions, self.trainer.default_root_dir, self.settings.json)
+
+        def load(self) -> None:
+            """The weights of the checkpoint, if any; UserError where it is not one of this method in these sizes."""
+            file = self.settings.ckpt_path
+            if file is not None:
+                checkpoint = read_checkpoint(file)
+                self.model.on_load_checkpoint(checkpoint)
+                strict_load(self.model, checkpoint["state_dict"], file)
+
+        @property
+        def settings(self) -> Any:
+            return self.config[self.subcommand]
 
         def callback(self, key: str) -> Any:
             return self.config_init[self.subcommand][key]
@@ -357,6 +379,41 @@ def command_class():
 
 def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def from_anywhere(path: str) -> str:
+    """A path to files as an absolute one, so that a checkpoint finds its data from any folder."""
+    return os.path.abspath(path) if os.path.exists(path) or glob.has_magic(path) else path
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raises UserError for flags that would take away what a run here always has."""
+    if trainer.enable_checkpointing is False:
+        raise UserError(
+            "trainer.enable_checkpointing: false would lose the run. Use checkpoints.every_n_steps: 0 and "
+            "checkpoints.every_n_epochs: 0 to write only the last and the best checkpoint."
+        )
+    if trainer.barebones:
+        raise UserError("trainer.barebones: true would run without logs and evaluation. Use ssd without it.")
+
+
+def check_view_sizes(model: Any) -> None:
+    """Raises UserError for views that a transformer's patches do not divide, which would be padded in every step."""
+    from ssd.backbones.vit import ViT
+
+    for name, part in model.named_modules():
+        if not isinstance(part, ViT):
+            continue
+        for kind, views in model.views.kinds().items():
+            size = views[0].size
+            wrong = [patch for patch in part.patch if size % patch]
+            if wrong:
+                patch = wrong[0]
+                fitting = [size // patch * patch, size // patch * patch + patch]
+                raise UserError(
+                    f"{kind} views of {size} px do not divide into the patches of {patch} px of {part.name} ({name}). Use "
+                    f"a multiple of {patch} for {kind}_size, for instance {' or '.join(str(n) for n in fitting if n)}."
+                )
 
 
 def set_channels(config: Any, channels: int) -> None:

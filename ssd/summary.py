@@ -1,16 +1,56 @@
-"""The tables that end a run."""
+"""What a verb prints and writes when it is done."""
 
 import json
+import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from ssd.distributed import rank
+from ssd.distributed import gather_objects, rank
+from ssd.errors import UserError
 from ssd.evaluation.protocol import Number
 from ssd.evaluation.suite import table
+
+PLAIN_WIDTH = 120
+
+
+def console() -> Console:
+    """For tables: as wide as the terminal, and wide enough for a protocol in one line where there is none."""
+    out = Console()
+    return out if out.is_terminal else Console(width=PLAIN_WIDTH)
+
+
+def print_numbers(out: Console, numbers: Sequence[Number], heading: str) -> None:
+    """A table below its heading, which is not broken at the table's width."""
+    out.print(heading, markup=False, highlight=False, soft_wrap=True)
+    out.print(table(numbers))
+
+
+def print_facts(out: Console, facts: dict[str, str]) -> None:
+    """One line a fact, never broken, so that paths and commands can be copied."""
+    width = max(map(len, facts))
+    for name, text in facts.items():
+        out.print(f"{name:<{width}}  {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def check_json(file: str | Path | None) -> None:
+    """Raises UserError where numbers could not be written in the end, before anything is spent."""
+    if file is None:
+        return
+    path = Path(file)
+    try:
+        there = path.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--json {file} cannot be written ({error.strerror}). Give the name of a file.") from None
 
 
 def write_json(file: str | Path | None, content: Any) -> None:
@@ -25,30 +65,28 @@ def number_rows(numbers: Sequence[Number]) -> list[dict[str, Any]]:
     return [vars(number) for number in numbers]
 
 
-def evaluation_summary(numbers: Sequence[Number], json_file: str | None) -> None:
+def evaluation_summary(numbers: Sequence[Number], heading: str, json_file: str | None) -> None:
     if rank() == 0:
-        Console().print(table(numbers, title="evaluation"))
+        print_numbers(console(), numbers, heading)
     write_json(json_file, {"numbers": number_rows(numbers)})
 
 
 def fit_summary(
-    trainer: Any,
-    module: Any,
-    *,
-    numbers: Sequence[Number],
-    checkpoints: Any,
-    throughput: Any,
-    finished: bool,
-    json_file: str | None,
+    trainer: Any, module: Any, *, evaluation: Any, checkpoints: Any, throughput: Any, json_file: str | None
 ) -> None:
     """What was learned, how fast, where it lies and how to load it; the same as JSON where a file is named."""
-    last, best = checkpoints.last_model_path, checkpoints.best_model_path
+    finished = module.step >= module.total_steps
+    last, best = checkpoints.last_model_path or str(trainer.ckpt_path or ""), checkpoints.best_model_path
+    if best and not os.path.exists(best):
+        # the run's folder was moved since
+        best = os.path.join(os.path.dirname(last), os.path.basename(best))
     content = {
         "finished": finished,
         "steps": module.step,
         "skipped_steps": module.skipped_steps,
         "images_per_second": throughput.images_per_second,
-        "numbers": number_rows(numbers),
+        "numbers": number_rows(evaluation.numbers),
+        "evaluated_step": evaluation.step,
         "last": last,
         "best": best,
         "folder": str(trainer.default_root_dir),
@@ -56,18 +94,46 @@ def fit_summary(
     write_json(json_file, content)
     if rank() != 0:
         return
-    console = Console()
-    if numbers and finished:
-        console.print(table(numbers, title=f"{type(module).__name__}, step {module.step}"))
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("steps", f"{module.step} of {module.total_steps}, {module.skipped_steps} skipped")
+    out = console()
+    if evaluation.numbers:
+        print_numbers(out, evaluation.numbers, f"{type(module).__name__}, step {evaluation.step}")
+    facts = {"steps": f"{module.step} of {module.total_steps}, {module.skipped_steps} skipped"}
     if throughput.images_per_second is not None:
-        facts.add_row("speed", f"{throughput.images_per_second:,.0f} images/s")
-    facts.add_row("last checkpoint", last)
+        facts["speed"] = f"{throughput.images_per_second:,.0f} images/s"
+    if last:
+        facts["last checkpoint"] = shown(last)
     if best:
-        facts.add_row("best checkpoint", f"{best}  ({checkpoints.best_monitor} {checkpoints.best_value:.4f})")
+        facts["best checkpoint"] = f"{shown(best)}  ({checkpoints.best_monitor} {checkpoints.best_value:.4f})"
     if finished:
-        facts.add_row("load it with", f"ssd export {best or last} --to timm --out {trainer.default_root_dir}/export")
-    else:
-        facts.add_row("go on with", f"ssd fit --ckpt_path {last}")
-    console.print(facts, soft_wrap=True)
+        export = shown(os.path.join(trainer.default_root_dir, "export"))
+        facts["load it with"] = f"ssd export {shown(best or last)} --to timm --out {export}"
+    elif last:
+        facts["go on with"] = f"ssd fit --ckpt_path {shown(last)}"
+    print_facts(out, facts)
+
+
+def shown(path: str) -> str:
+    """As it can be typed here: relative where it lies below the current folder, quoted where it must be."""
+    relative = os.path.relpath(path)
+    return shlex.quote(path if relative.startswith("..") else relative)
+
+
+def write_predictions(predictions: Sequence[dict[str, Any]], folder: str | Path, json_file: str | None) -> None:
+    """All ranks' embeddings as one NumPy file, in the order of their places in the data, each once."""
+    mine = {name: np.concatenate([part[name].cpu().numpy() for part in predictions]) for name in predictions[0]}
+    parts = gather_objects(mine)
+    if rank() != 0:
+        return
+    whole: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in mine}
+    _, first = np.unique(whole["index"], return_index=True)
+    whole = {name: values[first] for name, values in whole.items()}
+    path = Path(folder, "predictions.npz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **whole)
+    samples, width = whole["features"].shape
+    write_json(json_file, {"file": str(path), "samples": samples, "width": width})
+    facts = {
+        "embeddings": f"{samples} x {width}, with labels (-1 for none) and places in the data",
+        "load them with": f"numpy.load({shown(str(path))!r})",
+    }
+    print_facts(console(), facts)

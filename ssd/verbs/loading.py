@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ssd.errors import UserError
 from ssd.record import build
 from ssd.weights.checkpoint import read_checkpoint, strict_load
 
@@ -26,19 +27,30 @@ def load_data(arguments: list[str], about: dict[str, Any], verb: str) -> Any:
     from jsonargparse import ArgumentParser
 
     from datamodules.base import PictureData
-    from ssd.cli import expand, import_choices
+    from ssd.verbs.arguments import expand, import_choices
+    from ssd.verbs.settings import BadSetting, RaisesReports, setting_message
 
+    class Parser(RaisesReports, ArgumentParser):
+        """jsonargparse's, with our messages."""
+
+    for word in arguments:
+        key = word.partition("=")[0]
+        if key in ("--data.channels", "--data.normalize"):
+            raise UserError(f"{key} is the checkpoint's own, as in its training. Leave it out.")
     import_choices()
-    parser = ArgumentParser(prog=f"ssd {verb}")
+    parser = Parser(prog=f"ssd {verb}")
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(PictureData, "data")
     stored = about.get("data")
-    if stored is not None:
-        parser.set_defaults({"data": stored})
-    config = parser.parse_args(expand(verb, arguments))
-    settings = config.data.init_args
-    settings.channels = about["channels"]
-    settings.normalize = {"mean": about["mean"], "std": about["std"]}
-    data = parser.instantiate_classes(config).data
+    try:
+        config = parser.parse_args(expand(arguments, None if stored is None else {"data": stored}))
+        if config.data is None:
+            raise UserError(f"the checkpoint does not say which data it learned from. ssd {verb} needs --data.")
+        settings = config.data.init_args
+        settings.channels = about["channels"]
+        settings.normalize = {"mean": about["mean"], "std": about["std"]}
+        data = parser.instantiate_classes(config).data
+    except BadSetting as error:
+        raise UserError(setting_message(str(error), verb)) from None
     data.prepare(build(about["views"]))
     return data

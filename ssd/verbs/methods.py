@@ -1,28 +1,28 @@
 """`ssd methods`: every method with its paper, needs and configs."""
 
-import argparse
 import importlib
 import inspect
 import pkgutil
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ssd.configs_path import config_names
-from ssd.summary import write_json
+from ssd.summary import check_json, console, write_json
+from ssd.verbs.arguments import Parser
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="ssd methods", description=__doc__)
+    parser = Parser(prog="ssd methods", description="Every method with what it does, its paper and its configs.")
     parser.add_argument("--json", metavar="FILE", help="also write the list as JSON")
     arguments = parser.parse_args(argv)
+    check_json(arguments.json)
     found = methods()
     write_json(arguments.json, found)
     table = Table("method", "what", "paper", "configs")
     for method in found:
         table.add_row(method["name"], method["what"], method["paper"], "\n".join(method["configs"]))
-    Console().print(table)
+    console().print(table)
     return 0
 
 

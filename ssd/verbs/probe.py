@@ -1,41 +1,62 @@
 """`ssd probe FILE --data ...`: what frozen features are worth."""
 
-import argparse
+import sys
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from ssd.errors import UserError
 from ssd.evaluation.features import Features, extract, pixels
 from ssd.evaluation.protocol import Number
-from ssd.evaluation.suite import MEASURES, evaluate, few_label_report, report_table, table
+from ssd.evaluation.suite import MEASURES, evaluate, few_label_report, report_table
 from ssd.record import build
-from ssd.summary import number_rows, write_json
+from ssd.summary import check_json, console, number_rows, print_numbers, write_json
+from ssd.verbs.arguments import Parser, at_least_one, split_data
 from ssd.verbs.loading import load_data, load_module
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ssd probe",
         description="Extracts frozen features of a checkpoint's backbone once, then asks kNN, linear, logistic and "
         "few-label probes and the spectrum. Views and normalisation are the checkpoint's own.",
         epilog="--data takes a path, a class name or a data config, and --data.KEY VALUE its settings, as in ssd fit; "
         "without it the checkpoint's own data is used.",
     )
-    parser.add_argument("file", help="checkpoint that ssd fit wrote")
-    parser.add_argument("--measures", nargs="+", default=list(MEASURES), choices=MEASURES, help="default: all")
+    parser.add_argument("file", metavar="FILE", help="checkpoint that ssd fit wrote")
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        default=list(MEASURES),
+        choices=MEASURES,
+        metavar="MEASURE",
+        help=f"which of {', '.join(MEASURES)}; default: all",
+    )
     parser.add_argument("--baselines", action="store_true", help="also raw pixels and the untrained network")
-    parser.add_argument("--draws", type=int, default=20, help="draws of the labelled set of few-label probes")
-    parser.add_argument("--seed", type=int, default=0, help="of splits, draws and the untrained network")
-    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--draws", type=at_least_one, default=20, help="draws of the labelled set of few-label probes; default: 20"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of splits, draws and the untrained network; default: 0")
+    parser.add_argument(
+        "--precision",
+        default="32-true",
+        choices=["32-true", "bf16-mixed", "16-mixed"],
+        help="in which features are extracted; default: 32-true",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where features are extracted, cpu, cuda or cuda:1; default: the GPU where there is one",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
-    arguments, rest = parser.parse_known_args(argv)
+    own, chosen = split_data(argv)
+    arguments = parser.parse_args(own)
+    check_json(arguments.json)
+    check_device(arguments.device)
 
     module, about = load_module(arguments.file)
-    data = load_data(rest, about, "probe")
-    console = Console()
+    data = load_data(chosen, about, "probe")
+    out = console()
     settings = {"device": arguments.device, "precision": arguments.precision}
     backbone = module.evaluated_backbone.to(arguments.device)
     bank, queries = features_of(backbone, data, arguments.measures, "pretrained", **settings)
@@ -48,13 +69,14 @@ def run(argv: list[str]) -> int:
         draws=arguments.draws,
         seed=arguments.seed,
     )
-    console.print(
-        table(numbers, title=f"{arguments.file}: {len(bank.labels)} training, {len(queries.labels)} test samples")
-    )
+    counts = f"{len(bank.labels)} training, {len(queries.labels)} test samples"
+    if queries is bank:
+        counts = f"{len(bank.labels)} samples"
+    print_numbers(out, numbers, f"{arguments.file}: {counts}")
     content: dict[str, Any] = {"file": arguments.file, "numbers": number_rows(numbers)}
     if arguments.baselines:
         report = compare_with_baselines(about, data, bank, queries, arguments.draws, arguments.seed, **settings)
-        console.print(report_table(report, title="beside raw pixels and the untrained network"))
+        out.print(report_table(report, title="beside raw pixels and the untrained network"))
         content["baselines"] = {name: {key: vars(n) for key, n in row.items()} for name, row in report.items()}
     write_json(arguments.json, content)
     return 0
@@ -63,7 +85,8 @@ def run(argv: list[str]) -> int:
 def features_of(
     backbone: torch.nn.Module, data: Any, measures: list[str], name: str, **settings: Any
 ) -> tuple[Features, Features]:
-    """Features of the training and the test samples. Raises UserError where a measure needs labels and there are none."""
+    """Features of the training and the test samples, twice the same where only the spectrum is asked of data without
+    labels. Raises UserError where a measure needs labels and there are none."""
     loaders = data.test_dataloader()
     if len(loaders) < 2 and set(measures) != {"spectrum"}:
         raise UserError(
@@ -74,8 +97,21 @@ def features_of(
     def embed(pictures: torch.Tensor) -> torch.Tensor:
         return backbone(pictures).pooled()
 
-    parts = [extract(embed, loader, progress=f"{name} features", **settings) for loader in loaders]
+    # a bar that is not on a terminal would be a line in the output
+    progress = f"{name} features" if sys.stdout.isatty() else None
+    parts = [extract(embed, loader, progress=progress, **settings) for loader in loaders]
     return parts[0], parts[-1]
+
+
+def check_device(name: str) -> None:
+    """Raises UserError for a device that this machine does not have."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {name} cannot be used here ({reason}). Use cpu, or a device of this machine."
+        ) from None
 
 
 def compare_with_baselines(
