@@ -1,6 +1,5 @@
 """`ssd verify resume`: proof, on this machine, that a killed run goes on exactly."""
 
-import argparse
 import hashlib
 import os
 import signal
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ssd.errors import UserError
-from ssd.summary import write_json
+from ssd.summary import check_json, console, write_json
+from ssd.verbs.arguments import Parser
 from ssd.weights.checkpoint import read_checkpoint
 
 STEPS = 30
@@ -25,40 +24,44 @@ KILLS = (17, 10, 20)
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ssd verify",
         description="resume: trains a small network on the bundled digits for 30 steps, and again with SIGKILL in the "
         "middle and at the end of an epoch, and compares hashes of student, teacher, centre and optimiser.",
     )
-    parser.add_argument("what", choices=["resume"])
+    parser.add_argument("what", choices=["resume"], metavar="resume", help="what to prove")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes to try")
     parser.add_argument("--kills", type=int, nargs="+", default=list(KILLS), help="steps after which the run is killed")
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
     arguments = parser.parse_args(argv)
+    check_json(arguments.json)
     if any(not 0 < kill < STEPS for kill in arguments.kills):
         raise UserError(f"--kills {arguments.kills}: a run of {STEPS} steps can be killed after step 1 to {STEPS - 1}.")
+    if any(workers < 0 for workers in arguments.workers):
+        raise UserError(f"--workers {arguments.workers}: give counts of processes, 0 for none.")
 
-    rows = []
-    console = Console()
+    rows: list[dict[str, Any]] = []
+    out = console()
     with tempfile.TemporaryDirectory() as folder:
         for workers in arguments.workers:
             straight = Path(folder, f"straight-{workers}")
             fit(straight, workers)
             expected = hashes(straight)
+            out.print(f"{STEPS} steps without a stop; {workers} workers: done")
             for kill in arguments.kills:
                 killed = Path(folder, f"killed-{workers}-{kill}")
                 stopped_at = fit_and_kill(killed, workers, kill)
                 fit(killed, workers, resume=True)
                 found = hashes(killed)
-                different = [part for part in expected if expected[part] != found.get(part)]
+                different = [part for part in expected | found if expected.get(part) != found.get(part)]
                 case = f"{STEPS} steps against {stopped_at}, SIGKILL, {STEPS - stopped_at}; {workers} workers"
                 rows.append({"case": case, "difference": len(different), "tolerance": 0, "ok": not different})
-                console.print(f"{case}: {'equal' if not different else 'differs in ' + ', '.join(different)}")
+                out.print(f"{case}: {'equal' if not different else 'differs in ' + ', '.join(different)}")
     write_json(arguments.json, rows)
     table = Table("case", "parts that differ", "allowed", "ok")
     for row in rows:
         table.add_row(row["case"], str(row["difference"]), str(row["tolerance"]), "yes" if row["ok"] else "NO")
-    console.print(table)
+    out.print(table)
     return 0 if all(row["ok"] for row in rows) else 1
 
 
