@@ -1,32 +1,32 @@
 """`ssd export FILE --to FORMAT --out DIR`: the backbone for others, with proof."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ssd.record import build
-from ssd.summary import write_json
+from ssd.summary import check_json, console, write_json
+from ssd.verbs.arguments import Parser
 from ssd.verbs.loading import load_module
 from ssd.weights.export import FORMATS, ExportReport, export_backbone
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ssd export",
         description="Writes a checkpoint's backbone, loads it in a fresh process by the lines it prints, and compares.",
     )
-    parser.add_argument("file", help="checkpoint that ssd fit wrote")
-    parser.add_argument("--to", default="timm", choices=FORMATS)
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("file", metavar="FILE", help="checkpoint that ssd fit wrote")
+    parser.add_argument("--to", default="timm", choices=FORMATS, help="default: timm")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
     arguments = parser.parse_args(argv)
+    check_json(arguments.json)
     report = export_checkpoint(arguments.file, arguments.out, arguments.to)
     write_json(arguments.json, vars(report))
-    console = Console()
-    console.print(f"{report.folder}: largest difference after reloading {report.difference:.2g}. Load it with")
-    console.print(report.code, markup=False, highlight=False, soft_wrap=True)
+    out = console()
+    told = f"{report.folder}: largest difference after reloading {report.difference:.2g}. Load it with"
+    for text in (told, report.code):
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -36,7 +36,7 @@ def export_checkpoint(file: str | Path, out: str | Path, to: str = "timm") -> Ex
     views = build(about["views"])
     card: dict[str, Any] = {
         "method": about["method"]["class_path"].rpartition(".")[2],
-        "data": about["data"],
+        "data": data_named(about["data"]),
         "data fingerprint": about["fingerprint"],
         "steps": module.step,
         "ssd version": about["version"],
@@ -51,3 +51,11 @@ def export_checkpoint(file: str | Path, out: str | Path, to: str = "timm") -> Ex
         crop=views.evaluation_crop,
         card=card,
     )
+
+
+def data_named(record: dict[str, Any] | None) -> str:
+    """What the model card says of the data: its class and name, not where it lay on the machine."""
+    if record is None:
+        return "unknown"
+    path = record["init_args"].get("path")
+    return " ".join(part for part in (record["class_path"].rpartition(".")[2], path and Path(path).name) if part)
