@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ssd.errors import UserError
 
 PLAIN = (bool, int, float, str, type(None))
@@ -51,6 +53,8 @@ def describe(value: Any, name: str = "value") -> Any:
     """Plain data (numbers, strings, lists, dicts) from which `build` makes an equal object."""
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, np.generic):
+        return describe(value.item(), name)
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, Path):
