@@ -1,0 +1,121 @@
+"""`ssd probe`: one look at frozen features, beside pixels and the untrained network."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssd.evaluation.suite import evaluate
+from ssd.verbs.loading import load_data, load_module
+from ssd.verbs.probe import features_of
+from tests.verbs.conftest import typed
+
+ON_CPU = ("--device", "cpu")
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Colour pictures of two kinds, which a grey network is to look at, in class folders and without."""
+    rng = np.random.default_rng(0)
+    for kind, low in (("dark", 0), ("light", 128)):
+        for folder in (tmp_path / "classes" / kind, tmp_path / "plain"):
+            folder.mkdir(parents=True, exist_ok=True)
+        for number in range(10):
+            picture = Image.fromarray(rng.integers(low, low + 128, (12, 12, 3), dtype=np.uint8))
+            picture.save(tmp_path / "classes" / kind / f"{number}.png")
+            picture.save(tmp_path / "plain" / f"{kind}{number}.png")
+    return tmp_path
+
+
+def test_the_numbers_are_those_of_the_frozen_features(run, tmp_path):
+    file = tmp_path / "probe.json"
+    said = typed("probe", run.last, "--measures", "knn", "ridge", "spectrum", "--json", file, *ON_CPU)
+    assert said.status == 0 and said.err == "", said.err
+    assert said.out.startswith(f"{run.last}: 96 training, 500 test samples\n")
+    content = json.loads(file.read_text())
+
+    module, about = load_module(run.last)
+    data = load_data([], about, "probe")
+    bank, queries = features_of(module.evaluated_backbone, data, ["knn"], "pretrained", device="cpu")
+    expected = evaluate(
+        bank.features, bank.labels, queries.features, queries.labels, measures=["knn", "ridge", "spectrum"]
+    )
+    assert content == {"file": run.last, "numbers": [vars(number) for number in expected]}
+    assert all(number.protocol in said.out for number in expected)
+
+
+def test_probe_and_online_evaluation_agree(run, tmp_path):
+    """The centred k-NN of k 20 and ridge regression on the same samples are one number, wherever they are asked."""
+    file = tmp_path / "probe.json"
+    assert typed("probe", run.last, "--measures", "knn", "ridge", "--json", file, *ON_CPU).status == 0
+    probed = {number["name"]: number for number in json.loads(file.read_text())["numbers"]}
+    online = {number["name"]: number for number in run.numbers["numbers"]}
+    for there, here in (("knn_centred/k20/top1", "knn/top1"), ("ridge/top1", "linear/top1")):
+        assert probed[there]["protocol"] == online[here]["protocol"]
+        assert probed[there]["value"] == pytest.approx(
+            online[here]["value"], abs=0.004
+        )  # two of 500, batched otherwise
+
+
+def test_other_data_is_looked_at_as_the_checkpoint_looks(run, pictures):
+    """Grey like the digits it learned from, with their mean, and with nothing of their settings."""
+    _, about = load_module(run.last)
+    data = load_data(["--data", str(pictures / "classes"), "--data.val_share", "0.5"], about, "probe")
+    assert (data.channels, data.limit, data.classes) == (1, None, ["dark", "light"])
+    assert (data.mean, data.std) == (about["mean"], about["std"])
+    assert data.views.evaluation_size == 16
+    picture = next(iter(data.test_dataloader()[0]))["picture"]
+    assert picture.shape[1:] == (1, 16, 16)
+
+
+def test_the_choice_of_data_may_come_before_the_file(run, pictures):
+    said = typed(
+        "probe", "--data", pictures / "classes", run.last, "--measures", "knn", "--data.val_share=0.5", *ON_CPU
+    )
+    assert said.status == 0, said.err
+    assert "10 training, 10 test samples" in said.out
+
+
+def test_baselines_stand_beside_on_the_same_draws(run, tmp_path):
+    file = tmp_path / "probe.json"
+    said = typed(
+        "probe", run.last, "--measures", "knn", "--baselines", "--draws", 2, "--data.limit", 60, "--json", file, *ON_CPU
+    )
+    assert said.status == 0, said.err
+    rows = json.loads(file.read_text())["baselines"]
+    assert list(rows) == ["pixels", "untrained", "pretrained"]
+    columns = ["knn", "linear", "linear_1pct", "linear_10pct"]
+    for name, row in rows.items():
+        assert list(row) == columns and name in said.out
+        assert all(0 <= row[column]["value"] <= 1 for column in columns)
+    assert rows["pixels"] != rows["pretrained"]
+    assert len({str([row[column]["protocol"] for column in columns]) for row in rows.values()}) == 1
+
+
+def test_data_without_labels_has_a_spectrum_and_no_more(run, pictures):
+    said = typed("probe", run.last, "--data", pictures / "plain", *ON_CPU)
+    assert said.status == 2 and said.out == "" and said.err.count("\n") == 1
+    assert "no labels" in said.err and "--measures spectrum" in said.err
+    said = typed("probe", run.last, "--data", pictures / "plain", "--measures", "spectrum", *ON_CPU)
+    assert said.status == 0 and "20 samples" in said.out and "spectrum/rankme" in said.out
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--data.normalize", "imagenet"], ["--data.normalize is the checkpoint's own"]),
+        (["--data.channels=3"], ["--data.channels is the checkpoint's own"]),
+        (["--data.bach_size", "3"], ["'bach_size' is not a setting of data", "batch_size"]),
+        (["--data", "nowhere"], ["--data nowhere", "path that exists"]),
+        (["--config", "method/dino_small"], ["model"]),
+        (["--draws", "0"], ["--draws", "at least 1"]),
+        (["--device", "tpv"], ["--device tpv cannot be used here"]),
+        (["--json", "/"], ["--json / cannot be written"]),
+    ],
+)
+def test_a_mistake_is_one_message(run, more, words):
+    said = typed("probe", run.last, *more)
+    assert said.status == 2 and said.out == "" and said.err.count("\n") == 1, said
+    assert all(word in said.err for word in words), said.err
