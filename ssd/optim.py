@@ -3,7 +3,7 @@
 Rules are frozen values; the engine applies them. Each published recipe names its own.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 

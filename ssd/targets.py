@@ -60,7 +60,7 @@ class Sinkhorn(nn.Module):
 
 
 def target_by_rule(rule: str, num_prototypes: int, center_momentum: float) -> Centering | Sinkhorn:
-    """"centering" or "sinkhorn", by name. Raises UserError for another."""
+    """ "centering" or "sinkhorn", by name. Raises UserError for another."""
     if rule == "centering":
         return Centering(num_prototypes, center_momentum)
     if rule == "sinkhorn":

@@ -69,7 +69,9 @@ def test_flat_masks_name_the_same_tokens_in_slices_and_in_the_whole():
 
 
 def test_targets_are_cut_as_they_say():
-    targets = Targets(probs=torch.arange(16).view(2, 8), tokens=Rows(torch.arange(12)), prototypes=Whole(torch.arange(5)))
+    targets = Targets(
+        probs=torch.arange(16).view(2, 8), tokens=Rows(torch.arange(12)), prototypes=Whole(torch.arange(5))
+    )
     part = targets.part(1, 4)
     assert part.probs.tolist() == [[2, 3], [10, 11]]
     assert part.tokens.tolist() == [3, 4, 5]

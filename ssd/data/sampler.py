@@ -52,7 +52,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         if length < batch_size * world:
             whole = f"{batch_size * world}" + (f" ({batch_size} on each of {world} processes)" if world > 1 else "")
             most = length // world
-            advice = f"Use batch_size {most} or smaller" if most else f"Use at most {length} processes"
+            advice = f"Use data.batch_size {most} or smaller" if most else f"Use at most {length} processes"
             raise UserError(f"{length} training samples do not fill one step of {whole}. {advice}, or add samples.")
         self.length, self.batch_size = length, batch_size
         self.rank, self.world, self.seed = rank, world, seed

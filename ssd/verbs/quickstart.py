@@ -1,6 +1,5 @@
 """`ssd quickstart`: from nothing to a pretrained backbone and an honest number, on the bundled digits."""
 
-import argparse
 import csv
 import shutil
 import time
@@ -11,12 +10,12 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from rich.console import Console
 
 from ssd.cli import run_lightning
 from ssd.errors import UserError
 from ssd.evaluation.suite import report_table
-from ssd.summary import write_json
+from ssd.summary import console, write_json
+from ssd.verbs.arguments import Parser
 from ssd.verbs.export import export_checkpoint
 from ssd.verbs.loading import load_data, load_module
 from ssd.verbs.probe import compare_with_baselines, features_of
@@ -25,7 +24,7 @@ COLUMNS = ("knn", "linear", "linear_1pct", "linear_10pct")
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ssd quickstart",
         description="Pretrains a small convnet on scikit-learn's digits without labels, compares it with raw pixels and "
         "the untrained network on held-out digits, draws the curve and exports the backbone. About three minutes on two "
@@ -86,13 +85,13 @@ def run(argv: list[str]) -> int:
     )
     columns = ("linear_1pct", "linear_10pct", "linear", "knn")
     table = {row: {column: numbers[column] for column in columns} for row, numbers in report.items()}
-    console = Console()
-    console.print(report_table(table, title="held-out digits, frozen features, %"))
-    console.print(f"{seconds:.0f} s of training, {images / seconds:,.0f} images/s, curve in {curve}")
-    console.print(
+    out_console = console()
+    out_console.print(report_table(table, title="held-out digits, frozen features, %"))
+    out_console.print(f"{seconds:.0f} s of training, {images / seconds:,.0f} images/s, curve in {curve}")
+    out_console.print(
         f"The backbone lies in {export.folder} and differs by {export.difference:.1g} after reloading. Load it with"
     )
-    console.print(export.code, markup=False, highlight=False, soft_wrap=True)
+    out_console.print(export.code, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

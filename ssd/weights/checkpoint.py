@@ -45,7 +45,8 @@ def read_file(path: str | Path) -> Any:
                 "Save its state dict alone, torch.save(model.state_dict(), FILE), and give that file."
             ) from None
         raise UserError(f"{path} is not a file that torch.save wrote. Give a checkpoint or weights.") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    # torch's unpickler runs a file of another kind as far as it goes, and fails in its own ways
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         size = path.stat().st_size
         raise UserError(
             f"{path} ({size} bytes) is truncated or not a file that torch.save wrote ({first_line(error)}). "

@@ -167,7 +167,9 @@ class Lightly:
         views = next(self.batches)
         warmup = 0.05 * self.steps
         done = self.steps_done
-        rate = done / warmup if done < warmup else 0.5 * (1 + math.cos(math.pi * (done - warmup) / (self.steps - warmup)))
+        rate = (
+            done / warmup if done < warmup else 0.5 * (1 + math.cos(math.pi * (done - warmup) / (self.steps - warmup)))
+        )
         self.optimizer.param_groups[0]["lr"] = max(LR * rate, 1e-5)
         momentum = cosine_schedule(done, max(self.steps, done + 1), MOMENTUM, 1.0)
         update_momentum(self.student.backbone, self.teacher_network.backbone, m=momentum)
@@ -259,7 +261,11 @@ def train(arguments) -> dict:
                 print(f"{name}: out of time at step {done}", flush=True)
                 break
         seconds = clock() - start
-        facts[name] = {"seconds": seconds, "images": (done + 1) * BATCH, "images_per_second": (done + 1) * BATCH / seconds}
+        facts[name] = {
+            "seconds": seconds,
+            "images": (done + 1) * BATCH,
+            "images_per_second": (done + 1) * BATCH / seconds,
+        }
         embed(name, run.teacher())
     report = few_label_report(rows, raw[0].labels, raw[1].labels, draws=arguments.draws)
     Console(width=120).print(report_table(report))

@@ -98,3 +98,10 @@ def test_every_wrong_key_is_listed_at_once_and_nothing_is_loaded():
     assert_close(layer.weight, before, atol=0, rtol=0)
     strict_load(layer, {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, "the file")
     assert layer.weight.sum() == 6
+
+
+@pytest.mark.parametrize("text", ["hi", "", "0", "a text file\n", "c" * 1000, "(lp0\n."])
+def test_a_file_of_another_kind_is_refused_whatever_the_unpickler_makes_of_it(tmp_path, text):
+    (tmp_path / "notes.ckpt").write_text(text)
+    with pytest.raises(UserError, match=r"notes\.ckpt"):
+        read_checkpoint(tmp_path / "notes.ckpt")
