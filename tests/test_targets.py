@@ -39,7 +39,8 @@ def test_identical_rows_are_assigned_uniformly():
 @settings(deadline=None, max_examples=50)
 @given(st.integers(2, 16), st.integers(2, 16), st.floats(-5, 5), st.integers(0, 10_000))
 def test_sinkhorn_uses_every_prototype_alike_and_ignores_shifts(rows, num_prototypes, shift, seed):
-    t = torch.randn(rows, num_prototypes, generator=torch.Generator().manual_seed(seed))
+    # scores within 1 of each other, at .5: each iteration shrinks what is left to tanh(1)^2 = .58 of it (Birkhoff)
+    t = torch.rand(rows, num_prototypes, generator=torch.Generator().manual_seed(seed))
     probs = sinkhorn_knopp(t, 0.5, 200)
     assert_close(probs.sum(1), torch.ones(rows))
     assert_close(probs.sum(0), torch.full((num_prototypes,), rows / num_prototypes), atol=1e-3, rtol=0)
