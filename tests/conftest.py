@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# where a change is judged, a property is asked of the same examples each time; elsewhere of new ones
+settings.register_profile("judged", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    settings.load_profile("judged")
 
 
 def serve(rank: int, world: int, store: str, pipe) -> None:
