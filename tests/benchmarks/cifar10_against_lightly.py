@@ -39,8 +39,14 @@ from ssd.schedules import Cosine
 from ssd.summary import write_json
 from ssd.views.recipes import DINOViews
 
-PICTURES, BATCH, PROTOTYPES, HIDDEN, BOTTLENECK, MOMENTUM, LR = 10_000, 64, 512, 512, 64, 0.95, 2e-3
-NETWORK = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_width": 8}
+PICTURES, BATCH, PROTOTYPES, HIDDEN, BOTTLENECK, MOMENTUM, LR = 10_000, 64, 256, 512, 64, 0.95, 1e-3
+NETWORK = {
+    "layers": [1, 1, 1, 1],
+    "channels": [16, 32, 64, 128],
+    "stem_width": 8,
+    "avg_down": True,
+    "zero_init_last": False,
+}
 VIEWS = DINOViews(
     global_size=32,
     global_scale=(0.25, 1.0),
@@ -48,6 +54,7 @@ VIEWS = DINOViews(
     local_size=16,
     local_scale=(0.1, 0.4),
     blur_prob=(0.0, 0.0, 0.0),
+    solarize_prob=(0.0, 0.0, 0.0),
     evaluation_crop=1.0,
 )
 
@@ -76,6 +83,7 @@ class Ours:
             num_prototypes=PROTOTYPES,
             teacher_temperature=0.04,
             momentum=Cosine(MOMENTUM, 1.0),
+            target_rule="sinkhorn",
             head_hidden_dim=HIDDEN,
             head_bottleneck_dim=BOTTLENECK,
             head_batch_norm=True,
@@ -131,6 +139,7 @@ class Transformed(torch.utils.data.Dataset):
             local_crop_scale=(0.1, 0.4),
             n_local_views=2,
             gaussian_blur=(0.0, 0.0, 0.0),
+            solarization_prob=0.0,
         )
 
     def __len__(self):
