@@ -37,7 +37,7 @@ def start(module: Any) -> list[torch.optim.Optimizer]:
     module.train()
     if module.total_steps == 0:
         module.begin(STEPS, PER_EPOCH)
-    return module.configure_optimizers()
+    return module.build_optimizers()
 
 
 def run_steps(module: Any, batches: list[Batch], optimizers=None) -> list[dict[str, float]]:
@@ -155,7 +155,7 @@ class MethodContract:
         ]
         assert not silent
         assert not any(p.requires_grad or p.grad is not None for p in module.teacher.parameters())
-        trained = {id(p) for o in module.configure_optimizers() for group in o.param_groups for p in group["params"]}
+        trained = {id(p) for o in module.build_optimizers() for group in o.param_groups for p in group["params"]}
         assert trained == {id(p) for p in module.parameters() if p.requires_grad}
 
     def test_same_seed_same_losses(self):

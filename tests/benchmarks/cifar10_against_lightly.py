@@ -94,7 +94,7 @@ class Ours:
             freeze_last_layer=0.0,
         ).train()
         self.per_epoch = PICTURES // BATCH
-        self.optimizers = self.module.configure_optimizers()
+        self.optimizers = self.module.build_optimizers()
         self.batches = self.endless()
 
     def plan(self, steps: int) -> None:

@@ -102,7 +102,7 @@ def test_twenty_steps_equal_the_equations_of_the_paper_written_out():
     )
     module.begin(steps, per_epoch)
     module.train()
-    optimizers = module.configure_optimizers()
+    optimizers = module.build_optimizers()
 
     student, teacher = PlainNetwork(), PlainNetwork()
     student.copy_from(module.student)

@@ -1,0 +1,323 @@
+"""One optimiser step of any method, without a trainer.
+
+`Step.take_step` is the arithmetic that every method shares, in an order that never varies. A method
+states itself in `targets`, `losses` and `update`.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ssd.backbones.base import Backbone
+from ssd.batch import Batch, Targets
+from ssd.distributed import sum_over_ranks, world_size
+from ssd.errors import UserError
+from ssd.losses.prototype import entropy
+from ssd.optim import AdamW, Clip, OptimizerRule, parameter_groups, resolve_lr
+from ssd.record import Recorded
+from ssd.resume import refuse_another_length
+from ssd.schedules import Cosine, Length, Schedule, in_steps, value_at
+from ssd.views.recipes import views_named
+from ssd.views.view import Views
+
+NORMALISATIONS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """What one optimiser trains, and how. A method with several students names one of these for each."""
+
+    module: nn.Module
+    optimizer: OptimizerRule
+    lr: float | Schedule
+    weight_decay: float | Schedule
+    clip: Clip | None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did, in plain numbers that are the same on every rank.
+
+    Args:
+        terms: loss terms before their weight, over the whole step.
+        total: what was minimised.
+        gradient_norm: L2 norm over all trained parameters before clipping.
+        teacher_entropy: mean entropy of the targets `probs` in nats, where it was asked for and there are such.
+        not_finite: what was not finite and made the step be skipped: names of terms, or "gradient".
+        stop: whether any rank was asked to stop.
+    """
+
+    terms: dict[str, float]
+    total: float
+    gradient_norm: float
+    teacher_entropy: float | None
+    not_finite: tuple[str, ...]
+    stop: bool
+
+
+class Step(Recorded, nn.Module):
+    """What a method trains, its settings, and its step.
+
+    A method sets `student` and `teacher` and defines `targets`, `losses` and `update`.
+
+    Args:
+        views: name of a view recipe, or the recipe spelled out.
+        optimizer: AdamW, SGD or LARS with their own settings.
+        lr: learning rate at the reference batch; a schedule's start is its peak.
+        lr_rule: how the rate follows the global batch: "linear" or "sqrt" in batch / `lr_reference_batch`, or "none".
+        lr_reference_batch: the global batch for which `lr` is written.
+        weight_decay: of decayed parameters.
+        decay_rule: "bias_and_1d" frees biases and vectors (DINO), "bias_norm_and_scale" frees by name (DINOv2).
+        clip: gradient clipping, or null.
+        freeze_last_layer: for how long prototypes stay as drawn, a share of the run or "1 epochs".
+        steps: length of the run in steps; null follows `trainer.max_epochs`.
+        micro_batches: slices of a batch that are passed one after the other to save memory; same result.
+        ghost_norm: allow batch normalisation over slices or over unsynchronised ranks, which is not the same result.
+        compile: compile student and teacher block by block; pays on a GPU, costs minutes at the start.
+        max_skipped_steps: steps in a row that may be skipped as not finite before the run stops.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+
+    def __init__(
+        self,
+        *,
+        views: str | Views = "dino",
+        optimizer: OptimizerRule = AdamW(),  # noqa: B008 (frozen)
+        lr: float | Schedule = Cosine(5e-4, 1e-6, warmup=0.1),  # noqa: B008
+        lr_rule: str = "linear",
+        lr_reference_batch: int = 256,
+        weight_decay: float | Schedule = Cosine(0.04, 0.4),  # noqa: B008
+        decay_rule: str = "bias_and_1d",
+        clip: Clip | None = Clip(3.0, over="tensor"),  # noqa: B008
+        freeze_last_layer: Length = "1 epochs",
+        steps: int | None = None,
+        micro_batches: int = 1,
+        ghost_norm: bool = False,
+        compile: bool = False,
+        max_skipped_steps: int = 100,
+    ):
+        super().__init__()
+        for name, value in {"micro_batches": micro_batches, "max_skipped_steps": max_skipped_steps}.items():
+            if value < 1:
+                raise UserError(f"{name}: {value} is not a positive count. Use 1 or more.")
+        if steps is not None and steps < 1:
+            raise UserError(f"steps: {steps} is not a positive count. Use null to follow trainer.max_epochs.")
+        resolve_lr(1.0, lr_rule, lr_reference_batch, lr_reference_batch)
+        self.views = views_named(views)
+        self.optimizer = optimizer
+        self.lr = lr
+        self.lr_rule = lr_rule
+        self.lr_reference_batch = lr_reference_batch
+        self.weight_decay = weight_decay
+        self.decay_rule = decay_rule
+        self.clip = clip
+        self.freeze_last_layer = freeze_last_layer
+        self.steps = steps
+        self.micro_batches = micro_batches
+        self.ghost_norm = ghost_norm
+        self.compile_networks = compile
+        self.max_skipped_steps = max_skipped_steps
+
+        self.step = 0
+        self.total_steps = 0
+        self.steps_per_epoch = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self.samples_per_step = 0
+        self.stop_requested = False
+        self.last_report: StepReport | None = None
+
+    # ------------------------------------------------------------------ a method
+
+    def targets(self, batch: Batch) -> Targets:
+        """Teacher side, whole batch of this rank, no gradient, all reductions over ranks. Reads only."""
+        raise NotImplementedError(f"{type(self).__name__} must define targets")
+
+    def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+        """Student side, on a slice: raw terms, each a sum divided by a count of the whole step. Reads only."""
+        raise NotImplementedError(f"{type(self).__name__} must define losses")
+
+    def update(self, targets: Targets) -> None:
+        """Writes whatever is not the student's weights. Once, after the optimiser step; not on a skipped step."""
+        raise NotImplementedError(f"{type(self).__name__} must define update")
+
+    def optimized(self) -> list[Optimized]:
+        """One entry an optimiser: the student by the engine's settings, unless a method says otherwise."""
+        return [Optimized(self.student, self.optimizer, self.lr, self.weight_decay, self.clip)]
+
+    def build_optimizers(self) -> list[Optimizer]:
+        """One for each entry of `optimized`, in its order."""
+        return [plan.optimizer.build(parameter_groups(plan.module, self.decay_rule)) for plan in self.optimized()]
+
+    @property
+    def evaluated_backbone(self) -> Backbone:
+        """What probes and exports use: the teacher's backbone where the teacher follows the student, else the student's."""
+        network: Any = self.teacher.network if self.teacher.follows else self.student
+        return network.backbone
+
+    # ------------------------------------------------------------------ time
+
+    def at(self, setting: str) -> float:
+        """The value in force in this step of the setting of this name, number or schedule."""
+        return value_at(getattr(self, setting), self.step, self.total_steps, self.steps_per_epoch)
+
+    def begin(self, total_steps: int, steps_per_epoch: int) -> None:
+        """Fixes the length of the run, which every schedule refers to.
+
+        Raises UserError when a resumed run was planned with another length.
+        """
+        if self.step > 0:
+            refuse_another_length((self.total_steps, self.steps_per_epoch), (total_steps, steps_per_epoch))
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+
+    # ------------------------------------------------------------------ the step
+
+    def take_step(
+        self,
+        batch: Batch,
+        optimizers: list[Optimizer],
+        *,
+        backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+        accumulate: Callable[[], AbstractContextManager] = nullcontext,
+        scaler: "torch.amp.GradScaler | None" = None,
+        measure: bool = False,
+    ) -> StepReport:
+        """One optimiser step on this rank's batch. Gradients must average over ranks (DDP).
+
+        Args:
+            backward: called with each slice's loss.
+            accumulate: context in which gradients are not yet synchronised, for all slices but the last.
+            scaler: of 16-bit losses; unscaled and updated here, once.
+            measure: also look at the targets, for a step that is logged.
+        """
+        if len(batch) % self.micro_batches:
+            raise UserError(
+                f"micro_batches: {self.micro_batches} does not divide the batch of {len(batch)} samples on this process. Use "
+                "a divisor of data.batch_size."
+            )
+        statistics = self._normalisation_statistics()
+        with torch.no_grad():
+            targets = self.targets(batch)
+
+        slices = self.micro_batches
+        terms: dict[str, Tensor] = {}
+        total = torch.zeros((), device=next(self.student.parameters()).device)
+        for number in range(slices):
+            with accumulate() if number < slices - 1 else nullcontext():
+                part = self.losses(batch.part(number, slices), targets.part(number, slices))
+                loss: Any = sum(self._weight(name) * term for name, term in part.items())
+                backward(loss * world_size())
+            total = total + loss.detach()
+            for name, term in part.items():
+                terms[name] = terms.get(name, 0) + term.detach()
+
+        if scaler is not None:
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+        plans = self.optimized()
+        norms = [gradient_norms(plan.module) for plan in plans]
+        report = self._agree(terms, total, norms, targets if measure else None)
+
+        if report.not_finite:
+            for buffer, saved in statistics:
+                buffer.copy_(saved)
+        else:
+            frozen = self.step < in_steps(self.freeze_last_layer, self.total_steps, self.steps_per_epoch)
+            for plan, optimizer, plan_norms in zip(plans, optimizers, norms, strict=True):
+                if plan.clip is not None:
+                    names, gradients = trained_gradients(plan.module)
+                    plan.clip.apply(gradients, plan_norms, [name.partition(".")[0] for name in names])
+                if frozen:
+                    # without a gradient the optimiser neither decays a weight nor moves its moments
+                    for name, parameter in plan.module.named_parameters():
+                        if "last_layer" in name:
+                            parameter.grad = None
+                self._write_rates(plan, optimizer, batch.total)
+                optimizer.step()
+            self.update(targets)
+        if scaler is not None:
+            scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+        self.step += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.not_finite else 0
+        self.skipped_steps += bool(report.not_finite)
+        self.last_report = report
+        return report
+
+    def _weight(self, term: str) -> float:
+        return self.at(f"{term}_weight") if hasattr(self, f"{term}_weight") else 1.0
+
+    def _write_rates(self, plan: Optimized, optimizer: Optimizer, batch: int) -> None:
+        lr = resolve_lr(plan.lr, self.lr_rule, self.lr_reference_batch, batch)
+        lr = value_at(lr, self.step, self.total_steps, self.steps_per_epoch)
+        weight_decay = value_at(plan.weight_decay, self.step, self.total_steps, self.steps_per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+    def _normalisation_statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Buffers that a forward pass writes, with copies: batch normalisation gathers while it computes."""
+        return [
+            (buffer, buffer.clone())
+            for module in self.modules()
+            if isinstance(module, NORMALISATIONS) and module.training
+            for buffer in module.buffers(recurse=False)
+        ]
+
+    def _agree(
+        self, terms: dict[str, Tensor], total: Tensor, norms: list[Tensor], targets: Targets | None
+    ) -> StepReport:
+        """Sums the terms over ranks and finds out whether all is finite on all of them. The step's one wait."""
+        probs = getattr(targets, "probs", None)
+        spread = total.new_zeros(1) if probs is None else entropy(probs).mean()[None].float()
+        parts = torch.stack([*(term.float() for term in terms.values()), total.float()])
+        norm = torch.linalg.vector_norm(torch.cat(norms))
+        flags = torch.cat([~parts.isfinite(), ~norm.isfinite()[None]]).float()
+        stop = torch.full((1,), float(self.stop_requested), device=parts.device)
+        # the last two are alike on all ranks or a mean of each, so their sum is world_size times their mean
+        values = sum_over_ranks(torch.cat([flags, stop, parts, norm[None].float(), spread])).tolist()
+        names = [*terms, "total", "gradient"]
+        flagged = tuple(name for name, flag in zip(names, values, strict=False) if flag)
+        *sums, total_sum, norm_sum, spread_sum = values[len(names) + 1 :]
+        return StepReport(
+            terms=dict(zip(terms, sums, strict=True)),
+            total=total_sum,
+            gradient_norm=norm_sum / world_size(),
+            teacher_entropy=None if probs is None else spread_sum / world_size(),
+            not_finite=flagged,
+            stop=bool(values[len(names)]),
+        )
+
+    # ------------------------------------------------------------------ state
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Counts that a run continues from, so that they travel with the state dict."""
+        return {name: getattr(self, name) for name in COUNTS}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        for name in COUNTS:
+            setattr(self, name, int(state[name]))
+
+
+COUNTS = ("step", "total_steps", "steps_per_epoch", "skipped_steps", "skipped_in_a_row", "samples_per_step")
+
+
+def trained_gradients(module: nn.Module) -> tuple[list[str], list[Tensor]]:
+    """Names and gradients of the parameters that have one."""
+    pairs = [(name, p.grad) for name, p in module.named_parameters() if p.grad is not None]
+    return [name for name, _ in pairs], [gradient for _, gradient in pairs]
+
+
+def gradient_norms(module: nn.Module) -> Tensor:
+    """(P,) L2 norm of each gradient, in the order of `trained_gradients`."""
+    _, gradients = trained_gradients(module)
+    return torch.stack(torch._foreach_norm(gradients))
