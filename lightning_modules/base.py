@@ -14,7 +14,7 @@ from ssd.batch import Batch
 from ssd.distributed import gather_objects, rank, world_size
 from ssd.errors import UserError
 from ssd.parallel import compile_blocks, synchronise_batch_norm
-from ssd.record import Recorded, describe
+from ssd.record import Recorded, describe, differences
 from ssd.resume import (
     code_version,
     generator_states,
@@ -244,3 +244,9 @@ class SelfDistillation(Step, pl.LightningModule):
                 f"the run goes on with other data than the checkpoint's: {', '.join(changed)} changed. It is not the run "
                 "that it would have been without a stop."
             )
+        # views are among what is seen, and the length is compared in steps
+        changed = [
+            key for key in differences(before["method"], self.record()) if not key.startswith(("views", "steps"))
+        ]
+        if changed:
+            rank_zero_warn(f"the run goes on with settings that are not the checkpoint's: {', '.join(changed)}.")

@@ -16,7 +16,7 @@ from typing import Any
 
 from ssd.configs_path import config_names
 from ssd.errors import UserError
-from ssd.verbs.arguments import checkpoint_typed, expand, import_choices, stored_config
+from ssd.verbs.arguments import checkpoint_typed, expand, go_on, import_choices, stored_config
 
 LIGHTNING_VERBS = {
     "fit": "pretrain; ends with a table of what was learned",
@@ -54,7 +54,8 @@ DESCRIPTIONS = {
     "fit": "Pretrains a backbone and ends with a table of what it learned. A run is a method and data: "
     "ssd fit --config method/dino_small --data FOLDER. --config takes a file or one of the names that `ssd` lists and may "
     f"be repeated; what comes later counts. {DATA_HELP} --model.help DINO lists the settings of a method. --ckpt_path FILE, "
-    "without anything else, goes on with the run that wrote it.",
+    "without anything else, goes on with the run that wrote it; --ckpt_path last starts a run or goes on with it, whichever "
+    "its folder (--trainer.default_root_dir) allows.",
     "validate": f"The online evaluation of a checkpoint again, with the same numbers as at the end of fit. {AGAIN_HELP}",
     "test": f"As validate, with all training samples as the bank of neighbours. {AGAIN_HELP}",
     "predict": "Embeddings of every picture of the data, held out or not, written as predictions.npz (features, labels, "
@@ -147,6 +148,7 @@ def warnings_for_people() -> Iterator[None]:
 
 
 def run_lightning(verb: str, argv: list[str]) -> int:
+    argv = go_on(argv) if verb == "fit" else argv
     checkpoint = checkpoint_typed(argv)
     argv = expand(argv, None if checkpoint is None else stored_config(verb, checkpoint))
     command = command_class()
@@ -272,7 +274,12 @@ def command_class():
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(OnlineEvaluation, "evaluation")
             parser.add_lightning_class_args(Checkpoints, "checkpoints")
-            parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint that ssd fit wrote.")
+            parser.add_argument(
+                "--ckpt_path",
+                type=str | None,
+                default=None,
+                help="Checkpoint that ssd fit wrote, or last: that of the run's folder.",
+            )
             parser.add_argument("--json", type=str | None, default=None, help="File for the numbers of the end table.")
 
         def _parse_ckpt_path(self) -> None:

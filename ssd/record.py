@@ -89,6 +89,18 @@ def build(record: Any) -> Any:
     return import_class(record["class_path"])(**arguments)
 
 
+def differences(before: Any, now: Any) -> list[str]:
+    """Dotted names of the settings in which two records differ, without `init_args`."""
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return [] if before == now else [""]
+    names = [
+        ".".join(part for part in (key, below) if part and part != "init_args")
+        for key in dict.fromkeys([*before, *now])
+        for below in differences(before.get(key), now.get(key))
+    ]
+    return list(dict.fromkeys(names))
+
+
 def import_class(path: str) -> type:
     module, _, name = path.rpartition(".")
     try:

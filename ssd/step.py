@@ -48,7 +48,8 @@ class StepReport:
         total: what was minimised.
         gradient_norm: L2 norm over all trained parameters before clipping.
         teacher_entropy: mean entropy of the targets `probs` in nats, where it was asked for and there are such.
-        not_finite: what was not finite and made the step be skipped: names of terms, or "gradient".
+        not_finite: what was not finite and made the step be skipped: names of terms, "total" where only
+            their sum is not, and "gradient".
         stop: whether any rank was asked to stop.
     """
 
@@ -287,6 +288,8 @@ class Step(Recorded, nn.Module):
         values = sum_over_ranks(torch.cat([flags, stop, parts, norm[None].float(), spread])).tolist()
         names = [*terms, "total", "gradient"]
         flagged = tuple(name for name, flag in zip(names, values, strict=False) if flag)
+        if any(name in flagged for name in terms):
+            flagged = tuple(name for name in flagged if name != "total")
         *sums, total_sum, norm_sum, spread_sum = values[len(names) + 1 :]
         return StepReport(
             terms=dict(zip(terms, sums, strict=True)),

@@ -16,7 +16,7 @@ from lightning_modules.dino import DINO
 from ssd.backbones.convnet import ConvNet
 from ssd.errors import UserError
 from ssd.optim import Clip
-from ssd.record import Recorded, build, class_path, describe, import_class
+from ssd.record import Recorded, build, class_path, describe, differences, import_class
 from ssd.schedules import Cosine, Linear
 from ssd.views.recipes import DINOViews
 from tests.weights.networks import RESNET
@@ -156,3 +156,11 @@ def test_data_is_rebuilt_from_its_record(tmp_path):
     again = build(describe(data))
     assert (again.path, again.batch_size, again.normalize) == (str(tmp_path), 3, data.normalize)
     assert describe(again) == describe(data)
+
+
+def test_differences_are_named_as_a_config_writes_them():
+    one = Part(1, inner=Cosine(1.0, 0.5), depth=2).record()
+    other = Part(1, inner=Cosine(1.0, 0.1), names=["b"], depth=2).record()
+    assert differences(one, one) == []
+    assert differences(one, other) == ["inner.end", "names"]
+    assert differences(one, Part(1, inner=Linear(1.0, 0.5), depth=2).record())[0] == "inner.class_path"

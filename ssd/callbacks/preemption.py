@@ -1,6 +1,9 @@
 """A polite request to stop becomes a checkpoint and a clean end."""
 
+import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 from typing import Any
@@ -13,7 +16,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Preemption(pl.Callback):
     """On SIGTERM or SIGUSR1, to any rank, all ranks finish the step, save `last.ckpt` and stop.
 
-    The engine agrees on the step over ranks; a second signal acts as it would without this callback.
+    The engine agrees on the step over ranks; a second signal acts as it would without this callback. In a SLURM job
+    SIGUSR1 is the warning that its time ends (`sbatch --signal=SIGUSR1@120`): the job is then put back into the queue,
+    where it goes on from its checkpoint. SIGTERM is SLURM's own to follow up.
     """
 
     def __init__(self) -> None:
@@ -47,6 +52,10 @@ class Preemption(pl.Callback):
         self._restore()
         if self._limit_val_batches is not None:
             trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
+        # asked after the checkpoint was written: a job that is requeued is ended at once
+        warned = trainer.strategy.reduce_boolean_decision(self.received == "SIGUSR1", all=False)
+        if warned and trainer.is_global_zero and pl_module.step < pl_module.total_steps:
+            requeue()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore()
@@ -55,3 +64,15 @@ class Preemption(pl.Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+def requeue() -> None:
+    """Puts the SLURM job this runs in back into the queue; nothing outside of one."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or shutil.which("scontrol") is None:
+        return
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    said = "is back in the queue" if answer.returncode == 0 else f"could not be requeued: {answer.stderr.strip()}"
+    print(f"SLURM job {job} {said}", file=sys.stderr, flush=True)

@@ -174,6 +174,55 @@ def split_data(argv: list[str]) -> tuple[list[str], list[str]]:
 # ---------------------------------------------------------------------- checkpoints
 
 
+def go_on(argv: list[str]) -> list[str]:
+    """Arguments of a fit, with the last checkpoint of its own folder where that is meant.
+
+    `--ckpt_path last` means it wherever there is one, and so does a job that SLURM has put back into its queue, which
+    runs the command of its first time again.
+    """
+    asked = False
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option != "--ckpt_path":
+            kept.append(word)
+            continue
+        value = value if equals else next(words, "")
+        asked = value == "last"
+        if not asked:
+            kept += [option, value]
+    again = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    if not asked and not (again and "--ckpt_path" not in kept):
+        return argv
+    folder = folder_typed(kept)
+    if folder is None and asked:
+        raise UserError(
+            "--ckpt_path last needs the folder of the run, which a new run names by the time. Give it by "
+            "--trainer.default_root_dir, or the checkpoint's own path."
+        )
+    last = None if folder is None else folder / "checkpoints" / "last.ckpt"
+    return [*kept, "--ckpt_path", str(last)] if last is not None and last.is_file() else kept
+
+
+def folder_typed(argv: list[str]) -> Path | None:
+    """Where the run lies, as far as that is known before settings are parsed."""
+    found = os.environ.get("SSD_RUN_FOLDER")
+    words = iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        value = (
+            value if equals else next(words, "") if option in ("--trainer.default_root_dir", "--config", "-c") else ""
+        )
+        if option == "--trainer.default_root_dir":
+            found = value
+        elif option in ("--config", "-c") and value:
+            found = (read_config(config_file(value)).get("trainer") or {}).get("default_root_dir") or found
+    job = os.environ.get("SLURM_JOB_ID")
+    of_job = sorted(Path("runs").glob(f"*-{job}")) if job and found is None else []
+    return Path(found) if found else of_job[-1] if of_job else None
+
+
 def checkpoint_typed(argv: list[str]) -> Path | None:
     """The file behind the last `--ckpt_path`."""
     found = None

@@ -100,3 +100,33 @@ def test_the_command_ends_well_on_sigterm_and_goes_on(tmp_path):
     assert process.returncode == 0, err
     step = step_of(last(tmp_path))
     assert f"SIGTERM: stopping at step {step}" in err and "go on with" in out and step < 5000
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """A SLURM job with a scontrol that writes down what it is asked."""
+    said = tmp_path / "said"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\ntest -f {tmp_path}/checkpoints/last.ckpt && echo "$@" >> {said}\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    return lambda: said.read_text().split() if said.exists() else []
+
+
+@pytest.mark.parametrize("number, asked", [(signal.SIGUSR1, ["requeue", "17"]), (signal.SIGTERM, [])])
+def test_a_slurm_job_warned_of_its_end_is_put_back_into_the_queue_once_saved(tmp_path, heard, queue, number, asked):
+    fit(tmp_path, vit(), callbacks=[At(3, kill(number)), Preemption()], limit_val_batches=0)
+    assert queue() == asked
+
+
+def test_a_job_of_an_array_is_requeued_by_its_own_name_and_a_finished_one_not_at_all(
+    tmp_path, heard, queue, monkeypatch
+):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    fit(tmp_path, vit(steps=4), callbacks=[At(3, kill(signal.SIGUSR1)), Preemption()], limit_val_batches=0)
+    assert queue() == []
+    fit(tmp_path, vit(), callbacks=[At(3, kill(signal.SIGUSR1)), Preemption()], limit_val_batches=0)
+    assert queue() == ["requeue", "16_4"]

@@ -14,6 +14,7 @@ from lightning_modules.dino import DINO
 from ssd.callbacks.preemption import Preemption
 from ssd.data.sampler import permutation
 from ssd.errors import UserError
+from ssd.schedules import Cosine
 from ssd.views.recipes import DINOViews
 from ssd.weights.checkpoint import read_checkpoint
 from tests.contract import flat_state
@@ -100,7 +101,7 @@ def go_on(folder, checkpoint, module=None, **settings):
     module = module or convnet()
     torch.manual_seed(99)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(not resumable|other data).*")
+        warnings.filterwarnings("error", message=".*(not resumable|other data|settings that).*")
         fit(folder, module, resume=checkpoint, **settings)
     return everything(last(folder))
 
@@ -280,6 +281,12 @@ def test_other_views_or_data_of_the_same_size_are_said(at_eleven, tmp_path, meth
         fit(tmp_path, vit(**method), digits(**data), resume=at_eleven, limit_val_batches=0)
 
 
+def test_settings_that_changed_are_named(at_eleven, tmp_path):
+    module = vit(lr=3e-3, momentum=Cosine(0.9, 1.0))
+    with pytest.warns(UserWarning, match=r"settings that are not the checkpoint's: (lr, momentum|momentum, lr)\."):
+        fit(tmp_path, module, resume=at_eleven, limit_val_batches=0)
+
+
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     torch.save({"state_dict": {}, "pytorch-lightning_version": pl.__version__}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match=r"not written by a run of this project.*backbone.weights"):
@@ -293,7 +300,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tmp_path):
     states = {}
     keep = [At(step, lambda trainer, module: states.__setitem__(module.step, flat_state(module))) for step in (4, 5, 6)]
     module = convnet(steps=7)
-    with pytest.warns(UserWarning, match=r"step 4 was skipped: loss term 'dino'.* not finite"):
+    with pytest.warns(UserWarning, match=r"step 4 was skipped: loss term 'dino', gradient not finite"):
         fit(tmp_path, module, callbacks=[Poison(4), *keep], limit_val_batches=0)
     assert module.skipped_steps == 1 and module.step == 7 and module.skipped_in_a_row == 0
     assert not differences(states[5], states[4])
