@@ -42,7 +42,7 @@ def test_the_folder_may_stand_in_a_config(folder):
 
 
 def test_without_a_folder_last_says_what_is_missing(folder):
-    with pytest.raises(UserError, match="--trainer.default_root_dir"):
+    with pytest.raises(UserError, match=r"--trainer\.default_root_dir"):
         go_on(["--config", "verify", "--ckpt_path", "last"])
 
 
