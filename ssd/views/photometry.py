@@ -12,6 +12,7 @@ hue and grey need red, green and blue and leave other pictures as they are.
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssd.views.parameters import FACTORS, ORDER, Colour
@@ -21,9 +22,9 @@ CHUNK = 2**19  # values worked on at once on a CPU: 2 MiB of float32 stay in its
 
 
 def apply(pictures: Tensor, parameters: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Jitter in each picture's own order, grey, blur, solarise, then normalise.
+    """Rotation, jitter in each picture's own order, grey, blur, solarise, then normalise.
 
-    Pictures (V, B, C, h, w) uint8, parameters (V, B, 11) with the columns of `Colour`, mean and standard
+    Pictures (V, B, C, h, w) uint8, parameters (V, B, 12) with the columns of `Colour`, mean and standard
     deviation of each channel in [0, 1] -> (V, B, C, h, w) float32.
     """
     flat, parameters = pictures.flatten(0, 1), parameters.flatten(0, 1)
@@ -50,8 +51,10 @@ def scale_channels(pictures: Tensor, mean: Sequence[float], std: Sequence[float]
 
 
 def colour(pictures: Tensor, settings: Tensor) -> None:
-    """Everything but normalising, in place: (n, C, h, w) and (n, 11)."""
+    """Everything but normalising, in place: (n, C, h, w) and (n, 12)."""
     rgb = pictures.shape[1] == 3
+    angle = settings[:, Colour.ROTATE]
+    on_drawn(angle != 0, rotate, pictures, angle)
     jitter(pictures, settings[:, FACTORS], settings[:, ORDER].long())
     if rgb:
         drawn = settings[:, Colour.GREY] > 0
@@ -78,6 +81,14 @@ def on_drawn(drawn: Tensor, operation: Callable[..., None], pictures: Tensor, *s
         part = pictures.index_select(0, rows)
         operation(part, *(setting.index_select(0, rows) for setting in settings))
         pictures.index_copy_(0, rows, part)
+
+
+def rotate(pictures: Tensor, angle: Tensor) -> None:
+    """Turns each picture about its centre by `angle` (n,) radians, counter-clockwise, bilinear; edge pixels go on outside."""
+    cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    place = torch.stack([cosine, -sine, zero, sine, cosine, zero], dim=1).view(-1, 2, 3)  # where each pixel comes from
+    grid = F.affine_grid(place, list(pictures.shape), align_corners=False)
+    pictures.copy_(F.grid_sample(pictures, grid, padding_mode="border", align_corners=False))
 
 
 def jitter(pictures: Tensor, factors: Tensor, order: Tensor) -> None:

@@ -30,6 +30,7 @@ class DINOViews(Views):
         blur_radius: smallest and largest standard deviation of the blur, px.
         solarize_prob: probability of solarisation in the first global, the second global and the local views.
         solarize_threshold: pixel values from here on are inverted, 0 to 255.
+        rotate: largest rotation either way, degrees; not in the published recipe, for small data.
     """
 
     global_size: int = 224
@@ -46,6 +47,7 @@ class DINOViews(Views):
     blur_radius: Sequence[float] = (0.1, 2.0)
     solarize_prob: Sequence[float] = (0.0, 0.2, 0.0)
     solarize_threshold: float = 128
+    rotate: float = 0.0
 
     def __post_init__(self):
         keep_as_tuples(
@@ -80,6 +82,7 @@ class DINOViews(Views):
                 blur_radius=self.blur_radius,
                 solarize_prob=solarize_prob,
                 solarize_threshold=self.solarize_threshold,
+                rotate=self.rotate,
             )
             for size, scale, blur_prob, solarize_prob in zip(
                 (self.global_size, self.global_size, self.local_size),

@@ -24,6 +24,7 @@ class View:
         blur_radius: smallest and largest standard deviation of the blur, px of the view. Pillow calls it radius.
         solarize_prob: probability of solarisation.
         solarize_threshold: pixel values from here on are inverted, 0 to 255.
+        rotate: largest rotation either way, degrees; what it brings in from outside repeats the edge.
     """
 
     size: int
@@ -37,6 +38,7 @@ class View:
     blur_radius: Sequence[float] = (0.1, 2.0)
     solarize_prob: float = 0.0
     solarize_threshold: float = 128
+    rotate: float = 0.0
 
     def __post_init__(self):
         keep_as_tuples(self, "scale", "ratio", "jitter", "blur_radius")
@@ -46,6 +48,7 @@ class View:
         check_range("blur_radius", self.blur_radius, above=0, up_to=math.inf)
         check_jitter("jitter", self.jitter)
         check_between("solarize_threshold", self.solarize_threshold, 0, 255)
+        check_between("rotate", self.rotate, 0, 180)
         for name in ("flip", "jitter_prob", "grey_prob", "blur_prob", "solarize_prob"):
             check_between(name, getattr(self, name), 0, 1)
 

@@ -126,7 +126,11 @@ def test_a_picture_that_no_crop_fits_gives_the_centre_like_torchvision():
 
 def test_probabilities_are_the_published_ones(drawn):
     boxes, photometry = drawn
-    first, second, local = photometry["global"][:, 0], photometry["global"][:, 1], photometry["local"].reshape(-1, 11)
+    first, second, local = (
+        photometry["global"][:, 0],
+        photometry["global"][:, 1],
+        photometry["local"].reshape(-1, len(Colour)),
+    )
     for table, blurred, solarized in ((first, 1.0, 0.0), (second, 0.1, 0.2), (local, 0.5, 0.0)):
         assert agrees_with_probability(table[:, Colour.BRIGHTNESS] != 1, 0.8)
         assert agrees_with_probability(table[:, Colour.GREY] == 1, 0.2)
@@ -137,7 +141,7 @@ def test_probabilities_are_the_published_ones(drawn):
 
 
 def test_amounts_are_uniform_over_the_published_ranges(drawn):
-    table = drawn[1]["local"].reshape(-1, 11).astype(float)
+    table = drawn[1]["local"].reshape(-1, len(Colour)).astype(float)
     jittered = table[table[:, Colour.BRIGHTNESS] != 1]
     for column, (low, high) in JITTER.items():
         assert agrees_with_uniform(jittered[:, column], low - 1e-6, high + 1e-6), column.name
@@ -146,7 +150,7 @@ def test_amounts_are_uniform_over_the_published_ranges(drawn):
 
 
 def test_all_24_orders_of_the_jitter_come_equally_often(drawn):
-    table = drawn[1]["local"].reshape(-1, 11)
+    table = drawn[1]["local"].reshape(-1, len(Colour))
     orders = table[table[:, Colour.BRIGHTNESS] != 1][:, ORDER]
     np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(4), (len(orders), 1)))
     _, counts = np.unique(orders, axis=0, return_counts=True)
@@ -166,7 +170,7 @@ def test_what_is_drawn_for_one_setting_says_nothing_of_another(drawn):
 
 
 def test_views_that_are_left_alone_hold_the_neutral_values(drawn):
-    table = drawn[1]["local"].reshape(-1, 11)
+    table = drawn[1]["local"].reshape(-1, len(Colour))
     alone = table[table[:, Colour.BRIGHTNESS] == 1]
     jitter = slice(Colour.BRIGHTNESS, Colour.FOURTH + 1)
     np.testing.assert_array_equal(alone[:, jitter], np.tile(NEUTRAL[jitter], (len(alone), 1)))
@@ -185,3 +189,15 @@ def test_strong_jitter_never_gives_a_negative_factor():
 def test_small_recipe_leaves_small_pictures_sharp():
     tables = [draw(views_named("dino_small"), 32, 32, 0, 0, index)[1] for index in range(100)]
     assert all((table[kind][:, Colour.BLUR] == 0).all() for table in tables for kind in ("global", "local"))
+
+
+def test_rotation_is_uniform_either_way_and_changes_no_other_draw():
+    still, turned = DINOViews(), DINOViews(rotate=15.0)
+    tables = [[draw(views, 500, 375, 0, 0, index) for index in range(500)] for views in (still, turned)]
+    angles = np.concatenate([colours["local"][:, Colour.ROTATE] for _, colours in tables[1]]).astype(float)
+    assert agrees_with_uniform(angles, -np.deg2rad(15), np.deg2rad(15))
+    for (boxes, colours), (turned_boxes, turned_colours) in zip(*tables, strict=True):
+        for kind in boxes:
+            np.testing.assert_array_equal(boxes[kind], turned_boxes[kind])
+            np.testing.assert_array_equal(colours[kind][:, : Colour.ROTATE], turned_colours[kind][:, : Colour.ROTATE])
+            assert (colours[kind][:, Colour.ROTATE] == 0).all()

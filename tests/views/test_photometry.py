@@ -5,6 +5,7 @@ standard deviation of 1, times 255.
 """
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def photos(views: int, batch: int, size: int = 24) -> Tensor:
 
 
 def settings(views: int, batch: int, **columns: float | Tensor) -> Tensor:
-    """(V, B, 11) neutral but for the named columns."""
+    """(V, B, 12) neutral but for the named columns."""
     table = torch.from_numpy(NEUTRAL).repeat(views, batch, 1)
     for name, value in columns.items():
         table[..., Colour[name.upper()]] = torch.as_tensor(value, dtype=torch.float32)
@@ -298,3 +299,28 @@ def test_an_accelerator_gives_the_same_pictures(channels):
 def test_orders_are_the_permutations_of_the_four_operations():
     assert sorted(map(tuple, ORDERS.astype(int).tolist())) == sorted(itertools.permutations(range(4)))
     assert tuple(Colour)[:4] == (Colour.BRIGHTNESS, Colour.CONTRAST, Colour.SATURATION, Colour.HUE)
+
+
+@pytest.mark.parametrize("degrees", [-170.0, -15.0, 3.0, 45.0, 90.0])
+@pytest.mark.parametrize("size", [24, 33])
+def test_rotation_is_torchvisions_where_the_picture_reaches(degrees, size):
+    pictures = photos(1, 3, size)
+    ours = levels(pictures, settings(1, 3, rotate=math.radians(degrees)))[0]
+    theirs = reference.rotate(pictures[0].float(), degrees, published.InterpolationMode.BILINEAR)
+    ones = reference.rotate(torch.ones(3, 1, size, size), degrees, published.InterpolationMode.BILINEAR)
+    inside = (ones > 0.9999).expand_as(ours)
+    assert inside.float().mean() > 0.6
+    close(ours[inside], theirs[inside], atol=0.05)
+
+
+def test_a_rotation_repeats_the_edge_and_keeps_a_plain_picture():
+    plain = torch.full((1, 2, 3, 16, 16), 77, dtype=torch.uint8)
+    close(levels(plain, settings(1, 2, rotate=0.6)), plain.float(), atol=FLOAT)
+
+
+def test_pictures_that_are_not_turned_are_not_touched():
+    pictures = photos(1, 4)
+    turned = torch.tensor([0.0, 0.3, 0.0, -0.3])
+    ours = levels(pictures, settings(1, 4, rotate=turned))[0]
+    close(ours[[0, 2]], pictures[0, [0, 2]].float(), atol=FLOAT)
+    assert (ours[1] - pictures[0, 1]).abs().max() > 1
