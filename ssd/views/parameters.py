@@ -35,7 +35,8 @@ class Colour(enum.IntEnum):
     FIRST to FOURTH hold the columns 0 to 3 of these four in the order in which they are applied. GREY is
     1 where colour is dropped. BLUR is the standard deviation of the blur in px of the view (neutral 0).
     SOLARIZE is the value from which pixels are inverted (neutral 256). ROTATE is the angle in radians by which the
-    view is turned first (neutral 0): it moves pixels, and is here because it too is applied to a whole batch.
+    view is turned first, after it was slanted by SHEAR, a row's shift over its height (neutral 0): they move pixels,
+    and are here because they too are applied to a whole batch.
     """
 
     BRIGHTNESS = 0
@@ -50,12 +51,14 @@ class Colour(enum.IntEnum):
     BLUR = 9
     SOLARIZE = 10
     ROTATE = 11
+    SHEAR = 12
 
 
 FACTORS = slice(Colour.BRIGHTNESS, Colour.HUE + 1)
 ORDER = slice(Colour.FIRST, Colour.FOURTH + 1)
+WARP = slice(Colour.ROTATE, Colour.SHEAR + 1)
 ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.float32)  # (24, 4)
-NEUTRAL = np.array([1, 1, 1, 0, 0, 1, 2, 3, 0, 0, 256, 0], dtype=np.float32)
+NEUTRAL = np.array([1, 1, 1, 0, 0, 1, 2, 3, 0, 0, 256, 0, 0], dtype=np.float32)
 
 # places in a view's row of uniform numbers
 SHARE_AT = slice(0, 2 * TRIES, 2)
@@ -64,8 +67,8 @@ LEFT_AT, TOP_AT = 2 * TRIES, 2 * TRIES + 1
 AMOUNTS_AT = slice(2 * TRIES + 2, 2 * TRIES + 7)  # brightness, contrast, saturation, hue, blur
 ORDER_AT = 2 * TRIES + 7
 GATES_AT = slice(2 * TRIES + 8, 2 * TRIES + 13)  # flip, jitter, grey, blur, solarize
-ROTATE_AT = 2 * TRIES + 13
-DRAWS = 2 * TRIES + 14
+WARP_AT = slice(2 * TRIES + 13, 2 * TRIES + 15)  # rotate, shear
+DRAWS = 2 * TRIES + 15
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Settings:
     amounts: tuple[np.ndarray, np.ndarray]  # (V, 5) lowest, range
     probs: np.ndarray  # (V, 5)
     threshold: np.ndarray  # (V,)
-    rotate: np.ndarray  # (V,) radians
+    warp: np.ndarray  # (V, 2) largest rotation in radians, largest shear
     ratio: np.ndarray  # (V, 2)
 
     def by_kind(self, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -112,7 +115,7 @@ def settings_of(views: Views) -> Settings:
         amounts=(low, high - low),
         probs=np.array([[v.flip, v.jitter_prob, v.grey_prob, v.blur_prob, v.solarize_prob] for v in flat]),
         threshold=np.array([view.solarize_threshold for view in flat]),
-        rotate=np.deg2rad([view.rotate for view in flat]),
+        warp=np.array([[np.deg2rad(view.rotate), view.shear] for view in flat]),
         ratio=ratio,
     )
 
@@ -121,7 +124,7 @@ def draw(views: Views, height: int, width: int, *place: int) -> tuple[dict[str, 
     """Boxes and photometry of every view of one picture, a pure function of `place` = (seed, epoch, index).
 
     Height and width of the source, px -> kind -> (V, 5) float32 with the columns of `Box`, and
-    kind -> (V, 12) float32 with the columns of `Colour`.
+    kind -> (V, 13) float32 with the columns of `Colour`.
     """
     boxes, photometry = draw_many(views, [(height, width)], [place])
     return {kind: rows[0] for kind, rows in boxes.items()}, {kind: rows[0] for kind, rows in photometry.items()}
@@ -130,7 +133,7 @@ def draw(views: Views, height: int, width: int, *place: int) -> tuple[dict[str, 
 def draw_many(
     views: Views, sizes: Sequence[tuple[int, int]], places: Sequence[tuple[int, ...]]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """`draw` for B pictures in one go: sizes (height, width), px, and places -> kind -> (B, V, 5), kind -> (B, V, 12)."""
+    """`draw` for B pictures in one go: sizes (height, width), px, and places -> kind -> (B, V, 5), kind -> (B, V, 13)."""
     settings = settings_of(views)
     numbers = uniforms_of_many((len(settings.probs), DRAWS), places)  # (B, V, DRAWS)
     gates = numbers[..., GATES_AT] < settings.probs  # (B, V, 5)
@@ -175,14 +178,14 @@ def centre_crop(height: int, width: int, narrowest: float, widest: float) -> tup
 
 
 def colours(numbers: np.ndarray, gates: np.ndarray, settings: Settings) -> np.ndarray:
-    """(B, V, 12) float32 with the columns of `Colour`. Gates (B, V, 4): jitter, grey, blur, solarize."""
+    """(B, V, 13) float32 with the columns of `Colour`. Gates (B, V, 4): jitter, grey, blur, solarize."""
     jitter, grey, blur, solarize = np.moveaxis(gates, -1, 0)
     amounts = settings.amounts[0] + settings.amounts[1] * numbers[..., AMOUNTS_AT]  # (B, V, 5)
     drawn = np.tile(NEUTRAL, (*numbers.shape[:2], 1))
     drawn[jitter, FACTORS] = amounts[jitter, :4]
     drawn[jitter, ORDER] = ORDERS[(numbers[jitter, ORDER_AT] * len(ORDERS)).astype(np.intp)]
     drawn[..., Colour.GREY] = grey
-    drawn[..., Colour.ROTATE] = settings.rotate * (2 * numbers[..., ROTATE_AT] - 1)
+    drawn[..., WARP] = settings.warp * (2 * numbers[..., WARP_AT] - 1)
     drawn[blur, Colour.BLUR] = amounts[blur, 4]
     drawn[solarize, Colour.SOLARIZE] = np.broadcast_to(settings.threshold, solarize.shape)[solarize]
     return drawn

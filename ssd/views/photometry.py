@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssd.views.parameters import FACTORS, ORDER, Colour
+from ssd.views.parameters import FACTORS, ORDER, WARP, Colour
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 CHUNK = 2**19  # values worked on at once on a CPU: 2 MiB of float32 stay in its cache
 
 
 def apply(pictures: Tensor, parameters: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Rotation, jitter in each picture's own order, grey, blur, solarise, then normalise.
+    """Shear and rotation, jitter in each picture's own order, grey, blur, solarise, then normalise.
 
-    Pictures (V, B, C, h, w) uint8, parameters (V, B, 12) with the columns of `Colour`, mean and standard
+    Pictures (V, B, C, h, w) uint8, parameters (V, B, 13) with the columns of `Colour`, mean and standard
     deviation of each channel in [0, 1] -> (V, B, C, h, w) float32.
     """
     flat, parameters = pictures.flatten(0, 1), parameters.flatten(0, 1)
@@ -51,10 +51,10 @@ def scale_channels(pictures: Tensor, mean: Sequence[float], std: Sequence[float]
 
 
 def colour(pictures: Tensor, settings: Tensor) -> None:
-    """Everything but normalising, in place: (n, C, h, w) and (n, 12)."""
+    """Everything but normalising, in place: (n, C, h, w) and (n, 13)."""
     rgb = pictures.shape[1] == 3
-    angle = settings[:, Colour.ROTATE]
-    on_drawn(angle != 0, rotate, pictures, angle)
+    angle, slant = settings[:, WARP].unbind(1)
+    on_drawn((angle != 0) | (slant != 0), warp, pictures, angle, slant)
     jitter(pictures, settings[:, FACTORS], settings[:, ORDER].long())
     if rgb:
         drawn = settings[:, Colour.GREY] > 0
@@ -83,11 +83,13 @@ def on_drawn(drawn: Tensor, operation: Callable[..., None], pictures: Tensor, *s
         pictures.index_copy_(0, rows, part)
 
 
-def rotate(pictures: Tensor, angle: Tensor) -> None:
-    """Turns each picture about its centre by `angle` (n,) radians, counter-clockwise, bilinear; edge pixels go on outside."""
+def warp(pictures: Tensor, angle: Tensor, slant: Tensor) -> None:
+    """Slants each picture to the right by `slant` (n,) of the height above its centre, then turns it about the centre
+    by `angle` (n,) radians, counter-clockwise; bilinear, edge pixels go on outside."""
     cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    place = torch.stack([cosine, -sine, zero, sine, cosine, zero], dim=1).view(-1, 2, 3)  # where each pixel comes from
-    grid = F.affine_grid(place, list(pictures.shape), align_corners=False)
+    # where each pixel comes from: first turned back, then straightened; rows count downwards
+    rows = [cosine + slant * sine, slant * cosine - sine, zero, sine, cosine, zero]
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(pictures.shape), align_corners=False)
     pictures.copy_(F.grid_sample(pictures, grid, padding_mode="border", align_corners=False))
 
 

@@ -30,7 +30,8 @@ class DINOViews(Views):
         blur_radius: smallest and largest standard deviation of the blur, px.
         solarize_prob: probability of solarisation in the first global, the second global and the local views.
         solarize_threshold: pixel values from here on are inverted, 0 to 255.
-        rotate: largest rotation either way, degrees; not in the published recipe, for small data.
+        rotate: largest rotation either way, degrees; like `shear` not in the published recipe, for small data.
+        shear: largest slant either way, sideways by a share of the height above the centre.
     """
 
     global_size: int = 224
@@ -48,6 +49,7 @@ class DINOViews(Views):
     solarize_prob: Sequence[float] = (0.0, 0.2, 0.0)
     solarize_threshold: float = 128
     rotate: float = 0.0
+    shear: float = 0.0
 
     def __post_init__(self):
         keep_as_tuples(
@@ -83,6 +85,7 @@ class DINOViews(Views):
                 solarize_prob=solarize_prob,
                 solarize_threshold=self.solarize_threshold,
                 rotate=self.rotate,
+                shear=self.shear,
             )
             for size, scale, blur_prob, solarize_prob in zip(
                 (self.global_size, self.global_size, self.local_size),

@@ -25,6 +25,7 @@ class View:
         solarize_prob: probability of solarisation.
         solarize_threshold: pixel values from here on are inverted, 0 to 255.
         rotate: largest rotation either way, degrees; what it brings in from outside repeats the edge.
+        shear: largest slant either way: how far a row is moved sideways, as a share of its height above the centre.
     """
 
     size: int
@@ -39,6 +40,7 @@ class View:
     solarize_prob: float = 0.0
     solarize_threshold: float = 128
     rotate: float = 0.0
+    shear: float = 0.0
 
     def __post_init__(self):
         keep_as_tuples(self, "scale", "ratio", "jitter", "blur_radius")
@@ -49,6 +51,7 @@ class View:
         check_jitter("jitter", self.jitter)
         check_between("solarize_threshold", self.solarize_threshold, 0, 255)
         check_between("rotate", self.rotate, 0, 180)
+        check_between("shear", self.shear, 0, 1)
         for name in ("flip", "jitter_prob", "grey_prob", "blur_prob", "solarize_prob"):
             check_between(name, getattr(self, name), 0, 1)
 

@@ -10,7 +10,7 @@ from hypothesis.strategies import integers
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from ssd.views.parameters import NEUTRAL, ORDER, Box, Colour, draw
+from ssd.views.parameters import NEUTRAL, ORDER, WARP, Box, Colour, draw
 from ssd.views.recipes import DINOViews, PlainViews, views_named
 from ssd.views.view import View, Views
 
@@ -191,13 +191,14 @@ def test_small_recipe_leaves_small_pictures_sharp():
     assert all((table[kind][:, Colour.BLUR] == 0).all() for table in tables for kind in ("global", "local"))
 
 
-def test_rotation_is_uniform_either_way_and_changes_no_other_draw():
-    still, turned = DINOViews(), DINOViews(rotate=15.0)
+def test_warps_are_uniform_either_way_and_change_no_other_draw():
+    still, turned = DINOViews(), DINOViews(rotate=15.0, shear=0.2)
     tables = [[draw(views, 500, 375, 0, 0, index) for index in range(500)] for views in (still, turned)]
-    angles = np.concatenate([colours["local"][:, Colour.ROTATE] for _, colours in tables[1]]).astype(float)
-    assert agrees_with_uniform(angles, -np.deg2rad(15), np.deg2rad(15))
+    warps = np.concatenate([colours["local"][:, WARP] for _, colours in tables[1]]).astype(float)
+    for values, most in zip(warps.T, (np.deg2rad(15), 0.2), strict=True):
+        assert agrees_with_uniform(values, -most - 1e-6, most + 1e-6)
     for (boxes, colours), (turned_boxes, turned_colours) in zip(*tables, strict=True):
         for kind in boxes:
             np.testing.assert_array_equal(boxes[kind], turned_boxes[kind])
             np.testing.assert_array_equal(colours[kind][:, : Colour.ROTATE], turned_colours[kind][:, : Colour.ROTATE])
-            assert (colours[kind][:, Colour.ROTATE] == 0).all()
+            assert (colours[kind][:, WARP] == 0).all()

@@ -41,7 +41,7 @@ def photos(views: int, batch: int, size: int = 24) -> Tensor:
 
 
 def settings(views: int, batch: int, **columns: float | Tensor) -> Tensor:
-    """(V, B, 12) neutral but for the named columns."""
+    """(V, B, 13) neutral but for the named columns."""
     table = torch.from_numpy(NEUTRAL).repeat(views, batch, 1)
     for name, value in columns.items():
         table[..., Colour[name.upper()]] = torch.as_tensor(value, dtype=torch.float32)
@@ -301,24 +301,31 @@ def test_orders_are_the_permutations_of_the_four_operations():
     assert tuple(Colour)[:4] == (Colour.BRIGHTNESS, Colour.CONTRAST, Colour.SATURATION, Colour.HUE)
 
 
-@pytest.mark.parametrize("degrees", [-170.0, -15.0, 3.0, 45.0, 90.0])
+@pytest.mark.parametrize(
+    "degrees, slant", [(-170, 0.0), (-15, 0.0), (3, 0.2), (0, 0.2), (0, -0.3), (90, 0.0), (15, -0.2)]
+)
 @pytest.mark.parametrize("size", [24, 33])
-def test_rotation_is_torchvisions_where_the_picture_reaches(degrees, size):
+def test_a_warp_is_torchvisions_where_the_picture_reaches(degrees, slant, size):
+    def theirs_of(pictures):
+        shear = [math.degrees(math.atan(slant)), 0.0]
+        still, bilinear = [0, 0], published.InterpolationMode.BILINEAR
+        slanted = reference.affine(pictures, 0.0, still, 1.0, shear, bilinear)
+        return slanted if not degrees else reference.affine(pictures, -degrees, still, 1.0, shear, bilinear)
+
     pictures = photos(1, 3, size)
-    ours = levels(pictures, settings(1, 3, rotate=math.radians(degrees)))[0]
-    theirs = reference.rotate(pictures[0].float(), degrees, published.InterpolationMode.BILINEAR)
-    ones = reference.rotate(torch.ones(3, 1, size, size), degrees, published.InterpolationMode.BILINEAR)
+    ours = levels(pictures, settings(1, 3, rotate=math.radians(degrees), shear=slant))[0]
+    theirs, ones = theirs_of(pictures[0].float()), theirs_of(torch.ones(3, 1, size, size))
     inside = (ones > 0.9999).expand_as(ours)
     assert inside.float().mean() > 0.6
     close(ours[inside], theirs[inside], atol=0.05)
 
 
-def test_a_rotation_repeats_the_edge_and_keeps_a_plain_picture():
+def test_a_warp_repeats_the_edge_and_keeps_a_plain_picture():
     plain = torch.full((1, 2, 3, 16, 16), 77, dtype=torch.uint8)
-    close(levels(plain, settings(1, 2, rotate=0.6)), plain.float(), atol=FLOAT)
+    close(levels(plain, settings(1, 2, rotate=0.6, shear=0.2)), plain.float(), atol=FLOAT)
 
 
-def test_pictures_that_are_not_turned_are_not_touched():
+def test_pictures_that_are_not_warped_are_not_touched():
     pictures = photos(1, 4)
     turned = torch.tensor([0.0, 0.3, 0.0, -0.3])
     ours = levels(pictures, settings(1, 4, rotate=turned))[0]
