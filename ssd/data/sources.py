@@ -8,10 +8,14 @@ from typing import Protocol
 
 import numpy as np
 
+from ssd.data import arrays
+from ssd.data.arrays import ArraySource
+from ssd.data.collections import open_collection
 from ssd.data.folder import LIST_SUFFIXES, SUFFIXES, FolderSource
 from ssd.data.memory import SharedArray
 from ssd.data.parquet import ParquetSource
 from ssd.data.randomness import generator
+from ssd.data.tar import TarSource, expand_braces
 from ssd.errors import UserError
 
 HELD_OUT = -1  # keys of the fixed shuffles: which samples are held out, and which a limit keeps
@@ -116,45 +120,102 @@ class Renamed:
         return self.source.fingerprint()
 
 
+COLLECTIONS = ("torchvision:", "hf:")
+KINDS = (
+    f"a folder of pictures, a list of paths ({', '.join(LIST_SUFFIXES)}), Parquet (.parquet), tar shards (.tar), a NumPy "
+    "stack (.npy, .npz), torchvision:NAME:FOLDER or hf:NAME"
+)
+
+
 def open_source(path: str | Path, labels: bool | str = "auto") -> Source:
     """The source that `path` stands for, recognised from what it is.
 
-    A folder of pictures at any depth, a text file that lists them, a Parquet file, a folder of Parquet
-    files or a pattern such as 'data/train-*.parquet'. `labels` as in `FolderSource`. Raises UserError
-    for anything else.
+    A folder of pictures at any depth, a text file that lists them, a Parquet or tar file, a folder of them or a
+    pattern such as 'data/train-*.parquet' or 'data/train-{000..099}.tar', a NumPy stack, `torchvision:NAME:FOLDER` or
+    `hf:NAME`. `labels` as in `FolderSource`. Raises UserError for anything else.
     """
     text = os.path.expanduser(str(path))
+    if text.startswith(COLLECTIONS):
+        return without_labels(open_collection(text), labels)
+    if "{" in text and not os.path.exists(text):
+        return of_files(expand_braces(text), text, labels)
     if glob.has_magic(text) and not os.path.exists(text):
         matches = sorted(glob.glob(text))
         if not matches:
             raise UserError(f"no file fits the pattern '{path}'.")
-        if not all(match.endswith(".parquet") for match in matches):
-            raise UserError(f"the pattern '{path}' fits '{matches[0]}'. Patterns are for Parquet files only.")
-        return ParquetSource(matches)
+        return of_files(matches, text, labels)
     if not os.path.exists(text):
-        raise UserError(f"there is no '{path}' (seen from '{os.getcwd()}'). Give a folder, a list or a Parquet file.")
+        raise UserError(f"there is no '{path}' (seen from '{os.getcwd()}'). Give {KINDS}.")
     if os.path.isdir(text):
-        shards = sorted(str(file) for file in Path(text).glob("*.parquet"))
-        return ParquetSource(one_split(shards, text)) if shards else FolderSource(text, labels)
-    if text.endswith(".parquet"):
-        return ParquetSource(text)
+        for suffix in SHARDS:
+            shards = sorted(str(file) for file in Path(text).glob(f"*{suffix}"))
+            if shards:
+                return of_files(one_split(shards, text), text, labels)
+        return FolderSource(text, labels)
+    if text.endswith(SHARDS):
+        return of_files([text], text, labels)
+    if text.lower().endswith(arrays.SUFFIXES):
+        return ArraySource(text, labels)
     if text.lower().endswith(LIST_SUFFIXES):
         return FolderSource(text, labels)
     if text.lower().endswith(SUFFIXES):
         raise UserError(f"'{path}' is a single picture. Give the folder that it lies in.")
-    raise UserError(
-        f"'{path}' is of no known kind. Give a folder of pictures, a list of paths ({', '.join(LIST_SUFFIXES)}) or a "
-        "Parquet file (.parquet)."
+    raise UserError(f"'{path}' is of no known kind. Give {KINDS}.")
+
+
+SHARDS = (".parquet", ".tar")
+
+
+def of_files(files: list[str], text: str, labels: bool | str) -> Source:
+    """The source of several Parquet or several tar files."""
+    if all(file.endswith(".parquet") for file in files):
+        return without_labels(ParquetSource(files), labels)
+    if all(file.endswith(".tar") for file in files):
+        return TarSource(files, labels)
+    other = (
+        next(file for file in files if not file.endswith(SHARDS))
+        if not all(file.endswith(SHARDS) for file in files)
+        else files[-1]
     )
+    raise UserError(f"'{text}' fits '{other}'. Patterns are for Parquet files or for tar files, all of one kind.")
+
+
+def without_labels(source: Source, labels: bool | str) -> Source:
+    return Unlabelled(source) if labels is False and source.labels is not None else source
+
+
+class Unlabelled:
+    """A source whose labels are not to be used."""
+
+    classes: list[str] | None = None
+    labels: np.ndarray | None = None
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def open(self, index: int) -> bytes | np.ndarray:
+        return self.source.open(index)
+
+    def label(self, index: int) -> int:
+        return -1
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
 
 
 def one_split(shards: list[str], folder: str) -> list[str]:
     """The shards, when they are not a training and a held-out part side by side."""
-    splits = {os.path.basename(shard).partition("-")[0].removesuffix(".parquet") for shard in shards}
+    splits = {os.path.basename(shard).partition(".")[0].partition("-")[0] for shard in shards}
     if "train" in splits and len(splits) > 1:
         raise UserError(
             f"folder '{folder}' holds several parts: {', '.join(sorted(splits))}. Name one, for instance "
-            f"path: {os.path.join(folder, 'train-*.parquet')}, and another as val_path."
+            f"path: {os.path.join(folder, 'train-*' + Path(shards[0]).suffix)}, and another as val_path."
         )
     return shards
 

@@ -1,0 +1,159 @@
+"""Tar shards: every kind of header, labels, what is broken, and that reading needs no order."""
+
+import io
+import json
+import multiprocessing
+import os
+import tarfile
+
+import numpy as np
+import pytest
+
+from ssd.data.sources import open_source
+from ssd.data.tar import TarSource, expand_braces
+from ssd.errors import UserError
+from tests.data.files import encoded
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def picture(number: int) -> bytes:
+    return encoded(np.full((5, 4, 3), number, np.uint8))
+
+
+def write(path, files, form=tarfile.GNU_FORMAT, mode="w"):
+    with tarfile.open(path, mode, format=form) as shard:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+    return path
+
+
+def samples(count, first=0):
+    for number in range(first, first + count):
+        yield f"{number:06d}.png", picture(number)
+        yield f"{number:06d}.cls", str(number % 3).encode()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_kind_of_header_is_read(tmp_path, form):
+    long_name = f"{'folder-with-a-long-name/' * 3}{'x' * 60}.png"
+    files = [("a.png", picture(1)), (long_name, picture(2)), ("dir.with.dots/b.seg.png", picture(3))]
+    source = TarSource(write(tmp_path / "one.tar", files, FORMATS[form]))
+    assert len(source) == 3 and source.labels is None
+    assert [source.open(i) for i in range(3)] == [picture(n) for n in (1, 2, 3)]
+    assert source.describe(1) == f"{tmp_path / 'one.tar'}: {long_name}"
+
+
+def test_shards_are_one_source_with_their_labels(tmp_path):
+    write(tmp_path / "train-000.tar", samples(4))
+    write(tmp_path / "train-001.tar", samples(3, first=4))
+    for path in (f"{tmp_path}/train-{{000..001}}.tar", f"{tmp_path}/train-*.tar", tmp_path):
+        source = open_source(path)
+        assert len(source) == 7 and source.labels.tolist() == [0, 1, 2, 0, 1, 2, 0] and source.classes is None
+        assert [source.open(i) for i in (6, 0, 3)] == [picture(n) for n in (6, 0, 3)]
+        assert source.label(5) == 2
+    assert open_source(tmp_path, labels=False).labels is None
+
+
+def test_labels_may_be_names_or_stand_in_json(tmp_path):
+    files = [
+        ("a.jpg", picture(0)), ("a.json", json.dumps({"label": "cat", "caption": "a, cat"}).encode()),
+        ("b.json", b'{"cls": "dog"}'), ("b.jpg", picture(1)), ("b.txt", b"a caption is no label"),
+        ("c.jpg", picture(2)), ("c.json", b"not json"),
+        ("d.json", b'{"label": "cat"}'), ("d.cls", b"dog\n"), ("d.jpg", picture(3)),
+    ]  # fmt: skip
+    source = TarSource(write(tmp_path / "s.tar", files))
+    assert source.classes == ["cat", "dog"] and source.labels.tolist() == [0, 1, -1, 1]
+
+
+def test_samples_without_a_picture_are_counted(tmp_path):
+    files = [("a.txt", b"words"), ("b.png", picture(1)), (".hidden.png", picture(2)), ("c.cls", b"1")]
+    source = TarSource(write(tmp_path / "s.tar", files))
+    assert len(source) == 1 and source.skipped == 2
+
+
+def test_the_index_is_kept_beside_the_shard_and_made_anew_for_another(tmp_path, monkeypatch):
+    path = write(tmp_path / "s.tar", samples(3))
+    first = TarSource(path)
+    assert (tmp_path / "s.tar.index.json").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("ssd.data.tar.members", lambda *_: pytest.fail("read again"))
+        again = TarSource(path)
+    assert again.fingerprint() == first.fingerprint() and again.open(2) == picture(2)
+    write(path, samples(5))
+    os.utime(path, ns=(1, 1))
+    assert len(TarSource(path)) == 5
+
+
+def test_a_folder_that_may_not_be_written_to_is_read_all_the_same(tmp_path, monkeypatch):
+    path = write(tmp_path / "s.tar", samples(3))
+    monkeypatch.setattr("ssd.data.tar.os.replace", lambda *_: (_ for _ in ()).throw(PermissionError("no")))
+    assert len(TarSource(path)) == 3
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["s.tar"]
+
+
+def read(source, index, answers):
+    answers.put(source.open(index))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_read_the_same(tmp_path, method):
+    source = TarSource(write(tmp_path / "s.tar", samples(4)))
+    source.open(0)
+    context = multiprocessing.get_context(method)
+    answers = context.Queue()
+    process = context.Process(target=read, args=(source, 2, answers))
+    process.start()
+    assert answers.get(timeout=60) == picture(2)
+    process.join()
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda data: b"", "no pictures"),
+        (lambda data: b"words " * 200, "is not a tar file"),
+        (lambda data: data[:-10240], "is cut short|holds no pictures"),
+        (lambda data: data[:1500], "is cut short in the header"),
+        (lambda data: data[:1024] + b"?" * 512 + data[1536:], "is damaged at byte 1024"),
+    ],
+)
+def test_what_is_no_whole_tar_is_said(tmp_path, damage, said):
+    path = write(tmp_path / "s.tar", [("a.png", picture(1)), ("b.png", b"x" * 5000)])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=said):
+        TarSource(path)
+
+
+def test_a_compressed_one_says_so(tmp_path):
+    with pytest.raises(UserError, match="compressed"):
+        TarSource(write(tmp_path / "s.tar", samples(2), mode="w:gz"))
+
+
+def test_a_shard_that_shrank_is_a_broken_picture_and_not_half_of_one(tmp_path):
+    path = write(tmp_path / "s.tar", samples(2))
+    source = TarSource(path)
+    os.truncate(path, 540)
+    with pytest.raises(OSError, match="cut short"):
+        source.open(0)
+
+
+def test_missing_shards_are_counted(tmp_path):
+    write(tmp_path / "s-0.tar", samples(1))
+    with pytest.raises(UserError, match=r"2 of 3 are missing"):
+        open_source(f"{tmp_path}/s-{{0..2}}.tar")
+
+
+def test_braces():
+    assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expand_braces("{x,y}-{1..2}") == ["x-1", "x-2", "y-1", "y-2"]
+    assert expand_braces("plain") == ["plain"]
+
+
+def test_other_files_of_a_pattern_are_refused(tmp_path):
+    write(tmp_path / "a.tar", samples(1))
+    (tmp_path / "a.zip").write_bytes(b"")
+    with pytest.raises(UserError, match=r"all of one kind"):
+        open_source(f"{tmp_path}/a.*")
