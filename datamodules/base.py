@@ -22,9 +22,10 @@ from ssd.data.dataset import (
     start_worker,
 )
 from ssd.data.parcel import Packed
+from ssd.data.pictures import Levels
 from ssd.data.sampler import EpochSampler
 from ssd.data.sources import Renamed, Source, Subset, held_out, limited
-from ssd.data.statistics import NUM_SURVEYED, survey
+from ssd.data.statistics import NUM_SURVEYED, measured_levels, survey
 from ssd.errors import UserError
 from ssd.record import Recorded
 from ssd.views import photometry
@@ -49,6 +50,8 @@ class PictureData(Recorded, pl.LightningDataModule):
         channels: of the pictures that a network sees; grey and colour are turned into one another.
         normalize: "data" = means and standard deviations measured on up to 2,000 pictures, "imagenet", or
             {"mean": [...], "std": [...]} in [0, 1] a channel.
+        value_range: of pictures of more than 8 bits: "type" = the whole range of 16-bit numbers, "data" = measured for
+            each channel on up to 200 pictures, or [black, white], each a number or one for each channel.
         max_broken_share: share of pictures that may be broken before the run stops, in [0, 1].
         val_share: of labelled data without a held-out part of its own, the share that is held out; 0 = none.
         limit: train on only so many samples, the first of a fixed shuffle.
@@ -67,6 +70,7 @@ class PictureData(Recorded, pl.LightningDataModule):
         seed: int = 0,
         channels: int = 3,
         normalize: str | dict[str, list[float]] = "data",
+        value_range: str | list[Any] = "type",
         max_broken_share: float = 0.01,
         val_share: float = 0.1,
         limit: int | None = None,
@@ -96,6 +100,8 @@ class PictureData(Recorded, pl.LightningDataModule):
         self.channels = channels
         self.normalize = normalize
         self.given = given_normalisation(normalize, channels)
+        self.value_range = value_range
+        self.levels = given_levels(value_range)
         self.max_broken_share = max_broken_share
         self.val_share = val_share
         self.limit = limit
@@ -175,6 +181,7 @@ class PictureData(Recorded, pl.LightningDataModule):
         return {
             "mean": self.mean,
             "std": self.std,
+            "value_range": "type" if self.levels is None else [list(self.levels.low), list(self.levels.high)],
             "channels": self.channels,
             "seed": self.seed,
             "fingerprint": self.fingerprint(),
@@ -205,12 +212,18 @@ class PictureData(Recorded, pl.LightningDataModule):
         source = self.source
         context = multiprocessing.get_context(self.start_method)
         broken = BrokenPictures(source, self.max_broken_share, context)
-        found = survey(Pictures(source, self.channels), broken, NUM_SIZED if self.given else NUM_SURVEYED)
+        if self.value_range == "data":
+            self.levels = measured_levels(source, self.channels, broken)
+        found = survey(
+            Pictures(source, self.channels, levels=self.levels), broken, NUM_SIZED if self.given else NUM_SURVEYED
+        )
         self.mean, self.std = self.given or (found.mean, found.std)
         capacity = int(found.bytes_per_picture * len(source) * 1.1) + 2**16
         wanted = capacity <= AUTO_BYTES if self.cache == "auto" else self.cache
         cache = PictureCache(len(source), capacity, context) if wanted else None
-        self._training = TrainingPictures(Pictures(source, self.channels, cache), views, broken, seed=self.seed)
+        self._training = TrainingPictures(
+            Pictures(source, self.channels, cache, self.levels), views, broken, seed=self.seed
+        )
 
     # ------------------------------------------------------------------ loaders
 
@@ -265,7 +278,7 @@ class PictureData(Recorded, pl.LightningDataModule):
         rank, world = self._place()
         context = multiprocessing.get_context(self.start_method)
         broken = BrokenPictures(source, self.max_broken_share, context)
-        dataset = EvaluationPictures(Pictures(source, self.channels), self.views, broken)
+        dataset = EvaluationPictures(Pictures(source, self.channels, levels=self.levels), self.views, broken)
         collate = CollateEvaluation(self.mean, self.std, self.views.evaluation_size)
         return self._loader(dataset, collate, batch_size=self.batch_size, sampler=range(rank, len(source), world))
 
@@ -346,3 +359,24 @@ def given_normalisation(normalize: Any, channels: int) -> tuple[list[float], lis
             "std above 0, for values in [0, 1]."
         )
     return mean, std
+
+
+def given_levels(value_range: Any) -> Levels | None:
+    """Levels that need no measuring, None for "type" and for "data"."""
+    if isinstance(value_range, str) and value_range in ("type", "data"):
+        return None
+    mistake = UserError(
+        f"value_range is {value_range!r}. Use 'type', 'data' or [black, white], for instance [0, 4095]."
+    )
+    if not isinstance(value_range, list | tuple) or len(value_range) != 2:
+        raise mistake
+    try:
+        low, high = (
+            tuple(float(value) for value in (limit if isinstance(limit, list | tuple) else [limit]))
+            for limit in value_range
+        )
+    except (TypeError, ValueError):
+        raise mistake from None
+    if len(low) != len(high) or not low or not all(black < white for black, white in zip(low, high, strict=True)):
+        raise mistake
+    return Levels(low, high)

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from ssd.data.folder import MOST_CHANNELS
 from ssd.data.memory import SharedArray
 from ssd.errors import UserError
 
 SUFFIXES = (".npy", ".npz")
 PICTURES = ("images", "pictures", "x", "x_train", "data", "arr_0")
 LABELS = ("labels", "label", "y", "y_train", "targets", "target")
-MOST_CHANNELS = 16  # a second dimension up to this size before a last one above it is that of the channels
 SAMPLED = 64  # pictures that the fingerprint looks into
 
 

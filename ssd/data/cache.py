@@ -1,11 +1,12 @@
 """Decoded pictures of a source, kept in memory where they are few enough."""
 
+from collections.abc import Callable
 from multiprocessing.context import BaseContext
 
 import numpy as np
 
 from ssd.data.memory import SharedArray
-from ssd.data.pictures import decode
+from ssd.data.pictures import decode, eight_bits
 from ssd.data.sources import Source
 
 AUTO_BYTES = 2**30
@@ -46,10 +47,20 @@ class PictureCache:
 
 
 class Pictures:
-    """The pictures of a source as (H, W, channels) uint8 arrays, not to be written to."""
+    """The pictures of a source as (H, W, channels) uint8 arrays, not to be written to.
 
-    def __init__(self, source: Source, channels: int, cache: PictureCache | None = None):
-        self.source, self.channels, self.cache = source, channels, cache
+    Args:
+        levels: how values of more than 8 bits become 8.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        channels: int,
+        cache: PictureCache | None = None,
+        levels: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
+        self.source, self.channels, self.cache, self.levels = source, channels, cache, levels or eight_bits
 
     def __len__(self) -> int:
         return len(self.source)
@@ -57,9 +68,9 @@ class Pictures:
     def __getitem__(self, index: int) -> np.ndarray:
         """Raises BrokenPicture, or OSError where the file cannot be read."""
         if self.cache is None:
-            return decode(self.source.open(index), self.channels)
+            return decode(self.source.open(index), self.channels, self.levels)
         picture = self.cache.get(index)
         if picture is None:
-            picture = decode(self.source.open(index), self.channels)
+            picture = decode(self.source.open(index), self.channels, self.levels)
             self.cache.put(index, picture)
         return picture

@@ -1,6 +1,7 @@
 """Picture files: a folder of them, or a text file that lists them."""
 
 import hashlib
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +13,11 @@ from ssd.errors import UserError
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif",
-    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".npy",
 )  # fmt: skip
 LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv")
 LIST_HEADERS = ("path", "file", "filename", "image", "picture")
+MOST_CHANNELS = 16  # of a picture whose channels come first: told from its rows by its number of columns
 LABEL_CHOICES = ("auto", True, False)
 
 
@@ -43,6 +45,9 @@ class FolderSource:
         if path.is_dir():
             self.root = str(path)
             names = list(picture_files(self.root))
+            if not all(name.lower().endswith(".npy") for name in names):
+                # arrays beside pictures are something else: labels, features
+                names = [name for name in names if not name.lower().endswith(".npy")]
             if not names:
                 raise UserError(
                     f"folder '{path}' holds no pictures, at no depth. Looked for files that end in "
@@ -65,8 +70,11 @@ class FolderSource:
     def labels(self) -> np.ndarray | None:
         return None if self._labels is None else self._labels.array
 
-    def open(self, index: int) -> bytes:
-        with open(self.describe(index), "rb", buffering=0) as file:
+    def open(self, index: int) -> bytes | np.ndarray:
+        path = self.describe(index)
+        if path.lower().endswith(".npy"):
+            return read_array(path, path)
+        with open(path, "rb", buffering=0) as file:
             return file.read()
 
     def label(self, index: int) -> int:
@@ -82,6 +90,17 @@ class FolderSource:
         if self._labels is not None:
             state.update(self._labels.array.data)
         return state.hexdigest()
+
+
+def read_array(file: str | io.BytesIO, name: str) -> np.ndarray:
+    """One picture, (H, W), (H, W, C), or (C, H, W) with C up to 16. Raises OSError where the file is damaged."""
+    try:
+        picture = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise OSError(f"{name}: {error}") from None
+    if picture.ndim == 3 and picture.shape[0] <= MOST_CHANNELS < picture.shape[2]:
+        picture = picture.transpose(1, 2, 0)
+    return np.ascontiguousarray(picture)
 
 
 def picture_files(root: str) -> Iterator[str]:

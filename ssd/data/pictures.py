@@ -3,6 +3,8 @@
 import io
 import struct
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,23 +23,91 @@ class BrokenPicture(Exception):
     """These bytes are no picture that can be read; the message says why."""
 
 
-def decode(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
+def eight_bits(values: np.ndarray) -> np.ndarray:
+    """uint8 as it is; wider integers are taken as 16-bit, 0 to 65535 -> 0 to 255."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind not in "iu":
+        raise BrokenPicture(f"{values.dtype} values, whose range is not known: set value_range to data or [low, high]")
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise BrokenPicture(f"values from {values.min()} to {values.max()}, beyond 16 bits: set value_range")
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Which values become black and white in pictures of more than 8 bits; what lies beyond is cut off.
+
+    Args:
+        low, high: one value for all channels of the stored picture, or one for each.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """uint8 as it is, others scaled; not-a-number becomes black."""
+        if values.dtype == np.uint8:
+            return values
+        bands = 1 if values.ndim == 2 else values.shape[2]
+        if len(self.low) not in (1, bands):
+            raise BrokenPicture(f"{bands} channels, and value_range is for {len(self.low)}")
+        low, high = (np.array(limit, np.float32) for limit in (self.low, self.high))
+        if values.ndim == 2:
+            low, high = low[0], high[0]
+        share = np.nan_to_num((values.astype(np.float32) - low) / (high - low), nan=0.0)
+        return np.rint(share.clip(0, 1) * 255).astype(np.uint8)
+
+
+class MeasuredLevels:
+    """Stands where `Levels` stand and notes the values that it is shown.
+
+    Args:
+        most: pixels of each picture that are noted.
+    """
+
+    def __init__(self, most: int = 4096):
+        self.most = most
+        self.seen: list[np.ndarray] = []
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        if values.dtype == np.uint8:
+            return values
+        pixels = values.reshape(-1, 1 if values.ndim == 2 else values.shape[2]).astype(np.float32)
+        self.seen.append(pixels[:: max(1, len(pixels) // self.most)])
+        return np.zeros(values.shape, np.uint8)
+
+    def levels(self, share: float = 0.001) -> Levels | None:
+        """All but the lowest and highest `share` of each channel; None where every picture has 8 bits."""
+        if not self.seen:
+            return None
+        bands = self.seen[0].shape[1]
+        pixels = np.concatenate([pixels for pixels in self.seen if pixels.shape[1] == bands])
+        low, high = np.nanquantile(pixels, [share, 1 - share], axis=0)
+        high = np.where(high > low, high, low + 1)  # a blank channel
+        return Levels(tuple(low.tolist()), tuple(high.tolist()))
+
+
+def decode(
+    data: bytes | np.ndarray, channels: int = 3, levels: Callable[[np.ndarray], np.ndarray] = eight_bits
+) -> np.ndarray:
     """The picture upright, as (H, W, channels) uint8, contiguous.
 
     EXIF orientation is applied. Transparent pixels are laid on white: the colour under them is
-    arbitrary. Palette, CMYK, grey and bilevel pictures become RGB (3) or luma (1); 16-bit values are
-    divided by 257, so that black and white stay black and white. Of an animation the first frame
-    counts. With other numbers of channels the picture must have just that many bands (2 for grey with
-    alpha, 4 for RGBA or CMYK) and they are taken as they are. Arrays are (H, W) or (H, W, C) of uint8
-    or uint16. Raises BrokenPicture for what cannot be read and for floats, whose range nothing tells.
+    arbitrary. Palette, CMYK, grey and bilevel pictures become RGB (3) or luma (1); wider values become
+    8 bits by `levels`, which divides by 257 unless it is told a range, so that black and white stay black
+    and white. Of an animation the first frame counts. With other numbers of channels the picture must have
+    just that many bands (2 for grey with alpha, 4 for RGBA or CMYK) and they are taken as they are. Arrays
+    are (H, W) or (H, W, C) of whole numbers; of floats only with `Levels`. Raises BrokenPicture for what
+    cannot be read.
     """
     if isinstance(data, np.ndarray):
-        return with_channels(eight_bits(data), channels)
+        return with_channels(levels(data), channels)
     if simplejpeg is not None and channels in (1, 3) and data[:2] == b"\xff\xd8":
         picture = decode_jpeg(data, channels)
         if picture is not None:
             return picture
-    return decode_any(data, channels)
+    return decode_any(data, channels, levels)
 
 
 def decode_jpeg(data: bytes, channels: int) -> np.ndarray | None:
@@ -78,7 +148,7 @@ def upright(picture: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(picture)
 
 
-def decode_any(data: bytes, channels: int) -> np.ndarray:
+def decode_any(data: bytes, channels: int, levels: Callable[[np.ndarray], np.ndarray] = eight_bits) -> np.ndarray:
     """As `decode`, by Pillow."""
     try:
         with warnings.catch_warnings():
@@ -94,27 +164,14 @@ def decode_any(data: bytes, channels: int) -> np.ndarray:
         raise BrokenPicture(f"{type(error).__name__}: {error}") from None
     except Image.DecompressionBombError as error:
         raise BrokenPicture(str(error)) from None
-    if channels not in (1, 3):
-        return with_channels(eight_bits(np.array(image)), channels)
-    if image.mode.startswith("I") or image.mode == "F":
-        return with_channels(eight_bits(np.array(image)), channels)
+    if channels not in (1, 3) or image.mode.startswith("I") or image.mode == "F":
+        return with_channels(levels(np.array(image)), channels)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     return with_channels(np.array(image), channels)
-
-
-def eight_bits(values: np.ndarray) -> np.ndarray:
-    """uint8 as it is; wider integers are taken as 16-bit, 0 to 65535 -> 0 to 255."""
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype.kind not in "iu":
-        raise BrokenPicture(f"{values.dtype} values, whose range is not known; store it with 8 or 16 bits")
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise BrokenPicture(f"values from {values.min()} to {values.max()}, beyond 16 bits")
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def with_channels(picture: np.ndarray, channels: int) -> np.ndarray:

@@ -6,10 +6,13 @@ import numpy as np
 
 from ssd.data.broken import UNREADABLE, BrokenPictures
 from ssd.data.cache import Pictures
+from ssd.data.pictures import Levels, MeasuredLevels
 from ssd.data.randomness import generator
+from ssd.data.sources import Source
 
 SURVEYED = -3  # key of the fixed choice of pictures that are measured
 NUM_SURVEYED = 2000
+NUM_MEASURED = 200
 SIDE = 64  # larger pictures are thinned to about this many rows and columns
 
 
@@ -48,3 +51,15 @@ def survey(pictures: Pictures, broken: BrokenPictures, count: int = NUM_SURVEYED
     mean = np.mean(means, 0)
     variance = np.maximum(np.mean(squares, 0) - mean**2, 1.0)  # a blank channel: one grey level
     return Survey((mean / 255).tolist(), (np.sqrt(variance) / 255).tolist(), float(np.mean(sizes)))
+
+
+def measured_levels(source: Source, channels: int, broken: BrokenPictures) -> Levels | None:
+    """The range of values of up to 200 pictures, chosen by a fixed shuffle; None where all have 8 bits."""
+    levels = MeasuredLevels()
+    pictures = Pictures(source, channels, levels=levels)
+    for index in np.sort(generator(SURVEYED).permutation(len(source))[:NUM_MEASURED]).tolist():
+        try:
+            _ = pictures[index]
+        except UNREADABLE as error:
+            broken.add(index, error)
+    return levels.levels()

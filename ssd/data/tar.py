@@ -5,6 +5,7 @@ order, processes and resume are those of a folder. What was found is kept beside
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ssd.data.folder import SUFFIXES, classes_of_list
+from ssd.data.folder import SUFFIXES, classes_of_list, read_array
 from ssd.data.memory import ByteTable, SharedArray
 from ssd.errors import UserError
 
@@ -67,7 +68,7 @@ class TarSource:
     def labels(self) -> np.ndarray | None:
         return None if self._labels is None else self._labels.array
 
-    def open(self, index: int) -> bytes:
+    def open(self, index: int) -> bytes | np.ndarray:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         key = os.getpid(), shard
         if key not in self._files:
@@ -77,6 +78,8 @@ class TarSource:
         data = os.pread(self._files[key].fileno(), size, int(self._offsets.array[index]))
         if len(data) < size:
             raise OSError(f"{self.describe(index)} is cut short: {len(data)} of {size} bytes")
+        if self._names[index].lower().endswith(b".npy"):
+            return read_array(io.BytesIO(data), self.describe(index))
         return data
 
     def label(self, index: int) -> int:

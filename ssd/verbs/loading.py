@@ -35,7 +35,7 @@ def load_data(arguments: list[str], about: dict[str, Any], verb: str) -> Any:
 
     for word in arguments:
         key = word.partition("=")[0]
-        if key in ("--data.channels", "--data.normalize"):
+        if key in ("--data.channels", "--data.normalize", "--data.value_range"):
             raise UserError(f"{key} is the checkpoint's own, as in its training. Leave it out.")
     import_choices()
     parser = Parser(prog=f"ssd {verb}")
@@ -49,6 +49,7 @@ def load_data(arguments: list[str], about: dict[str, Any], verb: str) -> Any:
         settings = config.data.init_args
         settings.channels = about["channels"]
         settings.normalize = {"mean": about["mean"], "std": about["std"]}
+        settings.value_range = about["value_range"]
         data = parser.instantiate_classes(config).data
     except BadSetting as error:
         raise UserError(setting_message(str(error), verb)) from None

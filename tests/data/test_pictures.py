@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ssd.data import pictures
-from ssd.data.pictures import BrokenPicture, decode
+from ssd.data.pictures import BrokenPicture, Levels, MeasuredLevels, decode
 from tests.data.files import encoded, scene
 
 
@@ -157,3 +157,48 @@ def test_four_bands_are_taken_as_they_are():
     image = Image.fromarray(scene()).convert("RGBA")
     image.putalpha(90)
     assert np.array_equal(decode(encoded(image), 4), np.array(image))
+
+
+# ---------------------------------------------------------------- more than eight bits
+
+
+def test_levels_put_black_and_white_where_they_are_told():
+    values = np.array([[0, 100, 600], [1100, 4000, 65535]], np.uint16)
+    assert decode(values, 1, Levels((100,), (1100,)))[:, :, 0].tolist() == [[0, 0, 128], [255, 255, 255]]
+    floats = np.array([[-1.0, 0.25, np.nan]])
+    assert decode(floats, 1, Levels((0.0,), (1.0,)))[:, :, 0].tolist() == [[0, 64, 0]]
+
+
+def test_levels_are_for_each_channel_of_the_stored_picture():
+    values = np.stack([np.full((4, 5), 10), np.full((4, 5), 1000)], 2).astype(np.uint16)
+    levels = Levels((0, 0), (20, 4000))
+    assert decode(values, 2, levels)[0, 0].tolist() == [128, 64]
+    with pytest.raises(BrokenPicture, match="3 channels, and value_range is for 2"):
+        decode(np.zeros((4, 5, 3), np.uint16), 3, levels)
+
+
+def test_levels_leave_eight_bits_alone():
+    picture = np.random.default_rng(0).integers(0, 256, (6, 5, 3)).astype(np.uint8)
+    assert np.array_equal(decode(picture, 3, Levels((0,), (20,))), picture)
+    assert np.array_equal(decode(encoded(picture), 3, Levels((0,), (20,))), picture)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_levels_reach_sixteen_bit_files(kind):
+    values = np.array([[0, 500, 1000]], np.uint16)
+    seen = decode(encoded(Image.fromarray(values), kind), 3, Levels((0,), (1000,)))
+    assert seen[0, :, 0].tolist() == [0, 128, 255] and seen.shape == (1, 3, 3)
+
+
+def test_measured_levels_are_the_range_of_what_was_seen_but_for_outliers():
+    random = np.random.default_rng(0)
+    measured = MeasuredLevels()
+    for _ in range(20):
+        picture = random.uniform([0, 100], [1, 4100], (50, 40, 2))
+        picture[0, 0] = 1e6
+        measured(picture)
+        measured(np.zeros((3, 3, 2), np.uint8))
+    levels = measured.levels()
+    np.testing.assert_allclose(levels.low, [0, 100], atol=10)
+    np.testing.assert_allclose(levels.high, [1, 4100], rtol=0.01)
+    assert MeasuredLevels().levels() is None

@@ -228,7 +228,8 @@ def test_measured_normalisation_makes_the_data_standard(folder):
     again.prepare(PlainViews(size=12))
     assert (again.mean, again.std, again.fingerprint()) == (data.mean, data.std, data.fingerprint())
     assert data.describe_state() == {
-        "mean": data.mean, "std": data.std, "channels": 3, "seed": data.seed, "fingerprint": data.fingerprint()
+        "mean": data.mean, "std": data.std, "value_range": "type", "channels": 3, "seed": data.seed,
+        "fingerprint": data.fingerprint(),
     }  # fmt: skip
 
 
@@ -367,3 +368,54 @@ def test_photographs_in_class_folders_some_of_them_grey(real_data):
     assert batch.views["global"].isfinite().all() and batch.views["global"].shape == (2, 16, 3, 32, 32)
     names = {os.path.basename(os.path.dirname(data.source.describe(i))) for i in batch.index.tolist()}
     assert names == {data.classes[label] for label in batch.label.tolist()}
+
+
+# ---------------------------------------------------------------- more than eight bits, and many channels
+
+
+def many_channels(folder, count=48, channels=13):
+    """Pictures of 13 channels in 16 bits that use a sixth of their range, as satellites send them."""
+    random = np.random.default_rng(0)
+    (folder / "train").mkdir(parents=True)
+    for number in range(count):
+        picture = random.integers(300, 300 + 800 * (1 + np.arange(channels)), (20, 24, channels))
+        np.save(folder / "train" / f"{number:03d}.npy", picture.astype(np.uint16))
+    return folder / "train"
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_pictures_of_any_number_of_channels_go_all_the_way(tmp_path, channels):
+    folder = many_channels(tmp_path, channels=channels)
+    data = Images(folder, channels=channels, value_range="data", batch_size=16, num_workers=0, cache=False)
+    data.prepare(DINOViews(global_size=16, local_count=2, local_size=8))
+    batch = next(iter(data.train_dataloader()))
+    assert batch.views["global"].shape == (2, 16, channels, 16, 16)
+    assert batch.views["global"].isfinite().all()
+    assert len(data.levels.low) == channels
+    np.testing.assert_allclose(data.levels.high, 300 + 800 * (1 + np.arange(channels)), rtol=0.02)
+    # each channel fills its range
+    np.testing.assert_allclose(data.mean, 0.5, atol=0.02)
+    np.testing.assert_allclose(data.std, np.sqrt(1 / 12), atol=0.02)
+
+
+def test_without_a_range_they_would_be_almost_black(tmp_path):
+    data = Images(many_channels(tmp_path), channels=13, batch_size=16, num_workers=0)
+    data.prepare(VIEWS)
+    assert max(data.mean) < 0.1
+
+
+def test_a_range_is_kept_for_whoever_looks_again(tmp_path):
+    folder = many_channels(tmp_path)
+    data = Images(folder, channels=13, value_range="data", batch_size=16, num_workers=0)
+    data.prepare(VIEWS)
+    kept = data.describe_state()["value_range"]
+    again = Images(folder, channels=13, value_range=kept, batch_size=16, num_workers=0)
+    again.prepare(VIEWS)
+    assert again.levels == data.levels and again.mean == data.mean
+    assert again.describe_state() == data.describe_state()
+
+
+@pytest.mark.parametrize("value_range", ["all", [1], [5, 5], [[0, 1], [2]], ["a", "b"], 7])
+def test_a_range_that_is_none_is_said(value_range):
+    with pytest.raises(UserError, match="value_range"):
+        Images("x", value_range=value_range)
