@@ -1,4 +1,4 @@
-"""Pictures in files: a folder, a list of files, Parquet."""
+"""Pictures in files: a folder, a list of files, Parquet, tar shards, NumPy stacks; and other libraries' data sets."""
 
 import os
 from pathlib import Path
@@ -16,8 +16,9 @@ class Images(PictureData):
     A folder that holds `train` and one of `val`, `valid`, `validation` or `test` is read as both parts.
 
     Args:
-        path: folder of pictures at any depth, text file with one path (and label) a line, Parquet file,
-            folder of Parquet files, or a pattern such as data/train-*.parquet.
+        path: folder of pictures at any depth, text file with one path (and label) a line, Parquet or tar file, folder
+            of these, a pattern such as data/train-*.parquet or data/train-{000..099}.tar, a NumPy stack (.npy, .npz),
+            torchvision:NAME:FOLDER or hf:NAME.
         val_path: held-out labelled pictures, of any of these kinds; null = a part of `path` where it has labels.
         labels: whether the folders right below `path` are classes: true, false, or "auto" = when all
             pictures lie exactly one folder down, in two folders or more.

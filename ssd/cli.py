@@ -390,7 +390,8 @@ def as_list(value: Any) -> list[Any]:
 
 def from_anywhere(path: str) -> str:
     """A path to files as an absolute one, so that a checkpoint finds its data from any folder."""
-    return os.path.abspath(path) if os.path.exists(path) or glob.has_magic(path) else path
+    is_path = os.path.exists(path) or glob.has_magic(path) or "{" in path
+    return os.path.abspath(path) if is_path else path
 
 
 def check_trainer(trainer: Any) -> None:

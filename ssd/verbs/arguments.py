@@ -124,6 +124,7 @@ def data_arguments(value: str) -> list[str]:
     """`--data` takes a class name, a data config, or a path whose kind decides the class."""
     import_choices()
     from datamodules.base import PictureData
+    from ssd.data.sources import COLLECTIONS
 
     names = sorted(cls.__name__ for cls in subclasses(PictureData))
     if value in names:
@@ -137,7 +138,9 @@ def data_arguments(value: str) -> list[str]:
         if "data" not in read_config(file):
             raise UserError(f"--data {value} is a config that says nothing of data. Give it by --config.")
         return ["--config", str(file)]
-    if any(letter in value for letter in "*?["):
+    if value.startswith(COLLECTIONS):
+        return ["--data", "Images", "--data.path", value]
+    if any(letter in value for letter in "*?[{"):
         return ["--data", "Images", "--data.path", os.path.abspath(value)]
     if is_class_path(value):
         return ["--data", value]

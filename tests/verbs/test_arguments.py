@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ssd.errors import UserError
-from ssd.verbs.arguments import go_on
+from ssd.verbs.arguments import data_arguments, go_on
 
 
 @pytest.fixture
@@ -61,3 +61,13 @@ def test_a_job_that_was_requeued_goes_on_by_itself_and_a_new_one_does_not(folder
     assert go_on(["--ckpt_path", "best.ckpt"]) == ["--ckpt_path", "best.ckpt"]
     monkeypatch.setenv("SLURM_JOB_ID", "18")
     assert go_on(["--config", "quickstart"]) == ["--config", "quickstart"], "stopped before its first checkpoint"
+
+
+@pytest.mark.parametrize("value", ["hf:somebody/pictures", "torchvision:CIFAR10:data:test"])
+def test_data_of_other_libraries_is_named_as_it_is(value):
+    assert data_arguments(value) == ["--data", "Images", "--data.path", value]
+
+
+@pytest.mark.parametrize("value", ["train-{000..099}.tar", "train-*.tar"])
+def test_a_pattern_of_files_is_found_from_any_folder(folder, value):
+    assert data_arguments(value) == ["--data", "Images", "--data.path", str(folder / value)]
