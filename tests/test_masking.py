@@ -7,18 +7,17 @@ import pytest
 import torch
 
 from ssd.errors import UserError
-from ssd.masking import (
-    SPREAD,
+from ssd.masking.batch import masks_for
+from ssd.masking.counts import SPREAD
+from ssd.masking.recipes import (
     BlockMasks,
     DisjointMasks,
     InverseBlockMasks,
     InverseSquareMasks,
     RandomMasks,
     SpanMasks,
-    draw_blocks,
-    masks_for,
-    visible_blocks,
 )
+from ssd.masking.shapes import draw_blocks, visible_blocks
 
 IBOT = BlockMasks()
 DINOV2 = BlockMasks(smallest=4, largest=0.5, even=True)

@@ -1,0 +1,78 @@
+"""The masks of a step, as the boolean form and as indices, for one rank and its slices."""
+
+import math
+
+import numpy as np
+import torch
+
+from ssd.batch import Masks
+from ssd.errors import UserError
+from ssd.masking.counts import SPREAD
+from ssd.masking.recipes import Masking
+
+ROUND = 64  # padded lengths are multiples of it, so that few shapes occur
+
+
+def masks_for(
+    recipe: Masking,
+    views: int,
+    batch: int,
+    grid: tuple[int, ...],
+    *place: int,
+    rank: int = 0,
+    world: int = 1,
+    slices: int = 1,
+) -> Masks:
+    """The masks of one rank's `batch` samples, cut from those of the whole step of `batch` x `world`.
+
+    Raises UserError where `slices` does not divide `batch`.
+    """
+    if batch % slices:
+        raise UserError(f"micro_batches: {slices} does not divide the batch of {batch}. Use a divisor.")
+    everywhere = recipe.draw(views, batch * world, grid, *place)
+    boolean = everywhere[:, rank * batch : (rank + 1) * batch]
+    if recipe.exact:
+        whole = torch.from_numpy(np.ascontiguousarray(boolean))
+        masked, visible = ordered(boolean), ordered(~boolean)
+        return Masks(whole, masked=masked, visible=visible)
+    tokens = boolean.shape[2]
+    most = recipe.most(views, batch * world, tokens)
+    per_slice = batch // slices
+    if most is None:
+        length = everywhere.sum(2).sum(0).reshape(-1, per_slice).sum(1).max()
+        length = -(-int(length) // ROUND) * ROUND
+    else:
+        length = padded_length(most, per_slice)
+    return packed(boolean, slices, max(length, 1))
+
+
+def padded_length(most: np.ndarray, per_slice: int) -> int:
+    """Of flat indices: no slice of `per_slice` samples has more masked tokens, however they lie in their groups."""
+    if per_slice % SPREAD == 0:
+        return math.ceil(most.reshape(-1, per_slice).sum(1).max() - 1e-6)
+    # a slice that cuts a group may get the whole of it
+    first = np.arange(0, len(most), per_slice)
+    groups = np.add.reduceat(most, np.arange(0, len(most), SPREAD))
+    return max(math.ceil(groups[at // SPREAD : -(-(at + per_slice) // SPREAD)].sum() - 1e-6) for at in first.tolist())
+
+
+def packed(boolean: np.ndarray, slices: int, length: int) -> Masks:
+    """Flat places of masked tokens, each slice padded to `length`, with 1 / (masked tokens of the crop) as weight."""
+    views, batch, tokens = boolean.shape
+    flat = np.zeros((slices, length), dtype=np.int64)
+    weight = np.zeros((slices, length), dtype=np.float32)
+    per_slice = batch // slices
+    for number in range(slices):
+        part = boolean[:, number * per_slice : (number + 1) * per_slice].reshape(views * per_slice, tokens)
+        places = np.flatnonzero(part)
+        flat[number, : len(places)] = places
+        counts = part.sum(1)
+        weight[number, : len(places)] = np.repeat(1 / np.maximum(counts, 1), counts)
+    return Masks(
+        torch.from_numpy(np.ascontiguousarray(boolean)), flat=torch.from_numpy(flat), weight=torch.from_numpy(weight)
+    )
+
+
+def ordered(chosen: np.ndarray) -> torch.Tensor:
+    """(V, B, N) with equal counts -> (V, B, M) sorted indices of the True ones."""
+    return torch.from_numpy(chosen.nonzero()[2].reshape(*chosen.shape[:2], -1))
