@@ -27,6 +27,7 @@ from ssd.data.sampler import EpochSampler
 from ssd.data.sources import Renamed, Source, Subset, held_out, limited
 from ssd.data.statistics import NUM_SURVEYED, measured_levels, survey
 from ssd.errors import UserError
+from ssd.native import views as native
 from ssd.record import Recorded
 from ssd.views import photometry
 from ssd.views.recipes import views_named
@@ -208,6 +209,7 @@ class PictureData(Recorded, pl.LightningDataModule):
         views = views_named(views)
         if self._training is not None and views == self._training.views:
             return
+        native.available()  # compiled here, once, and not by every worker
         self.views = views
         source = self.source
         context = multiprocessing.get_context(self.start_method)

@@ -1,5 +1,7 @@
 """From a place in the sampler's order to a sample, and from samples to a batch."""
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,28 +18,32 @@ from ssd.data.parcel import Parcel
 from ssd.data.sampler import permutation
 from ssd.errors import UserError
 from ssd.views import photometry
-from ssd.views.geometry import crop_views, evaluation_picture
+from ssd.views.geometry import crop_into, empty_views, evaluation_picture
 from ssd.views.parameters import draw_many
 from ssd.views.view import Views
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT_BYTES = 2**30
+CHUNK_BYTES = 2**23  # decoded pictures that wait for their views to be drawn; they stay in a near cache
+
 
 @dataclass
-class Sample:
-    """One picture's views, uint8, with what was drawn for them; view-major like `Batch`."""
+class Samples:
+    """The views of B pictures, uint8, with what was drawn for them; view-major like `Batch`."""
 
-    views: dict[str, Tensor]  # kind -> (V, C, h, w)
-    boxes: dict[str, np.ndarray]  # kind -> (V, 5)
-    photometry: dict[str, np.ndarray]  # kind -> (V, P)
-    index: int
-    label: int
+    views: dict[str, Tensor]  # kind -> (V, B, C, h, w)
+    boxes: dict[str, np.ndarray]  # kind -> (B, V, 5)
+    photometry: dict[str, np.ndarray]  # kind -> (B, V, P)
+    index: list[int]
+    label: list[int]
 
 
-class TrainingPictures(Dataset[Sample]):
-    """Views of the picture at `(epoch, index)`, drawn for (seed, epoch, index) and nothing else.
+class TrainingPictures(Dataset[Samples]):
+    """Views of the pictures at places `(epoch, index)`, drawn for (seed, epoch, index) and nothing else.
 
     In place of a broken picture stands the next readable one in the epoch's order, in views drawn for
     the place of the broken one: it may be in the same batch in its own place too, and is not a copy of
-    that sample then. `Sample.index` names the picture that is seen.
+    that sample then. `Samples.index` names the pictures that are seen.
     """
 
     def __init__(self, pictures: Pictures, views: Views, broken: BrokenPictures, *, seed: int):
@@ -46,22 +52,40 @@ class TrainingPictures(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """Raises UserError when more pictures are broken than may be."""
-        return self.__getitems__([place])[0]
+    def __getitem__(self, place: tuple[int, int]) -> Samples:
+        """A batch of one. Raises UserError when more pictures are broken than may be."""
+        return self.__getitems__([place])
 
-    def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[Sample]:
-        """The samples of a batch, what is drawn for them in one go. Raises as `__getitem__`."""
-        found = [self._readable(epoch, index) for epoch, index in places]
-        sizes = [picture.shape[:2] for _, picture in found]
-        boxes, colours = draw_many(self.views, sizes, [(self.seed, epoch, index) for epoch, index in places])
-        samples = []
-        for row, (seen, picture) in enumerate(found):
-            own = {kind: table[row] for kind, table in boxes.items()}
-            drawn = {kind: table[row] for kind, table in colours.items()}
-            label = self.pictures.source.label(seen)
-            samples.append(Sample(crop_views(picture, own, self.views), own, drawn, seen, label))
-        return samples
+    def __getitems__(self, places: Sequence[tuple[int, int]]) -> Samples:
+        """A batch, all views in one block a kind. Raises as `__getitem__`."""
+        room = empty_views(self.views, len(places), self.pictures.channels)
+        seen: list[int] = []
+        drawn: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
+        waiting: list[np.ndarray] = []
+
+        def draw_waiting() -> None:
+            first = len(seen) - len(waiting)
+            sizes = [picture.shape[:2] for picture in waiting]
+            keys = [(self.seed, *place) for place in places[first : len(seen)]]
+            drawn.append(draw_many(self.views, sizes, keys))
+            for row, picture in enumerate(waiting):
+                for kind, table in drawn[-1][0].items():
+                    crop_into(picture, table[row], room[kind][:, first + row])
+            waiting.clear()
+
+        for epoch, index in places:
+            found, picture = self._readable(epoch, index)
+            seen.append(found)
+            waiting.append(picture)
+            if sum(picture.nbytes for picture in waiting) >= CHUNK_BYTES:
+                draw_waiting()
+        if waiting:
+            draw_waiting()
+        boxes, colours = (
+            {kind: np.concatenate([tables[kind] for tables in part]) for kind in room}
+            for part in zip(*drawn, strict=True)
+        )
+        return Samples(room, boxes, colours, seen, [self.pictures.source.label(index) for index in seen])
 
     def _readable(self, epoch: int, index: int) -> tuple[int, np.ndarray]:
         try:
@@ -80,7 +104,7 @@ class TrainingPictures(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples -> Batch, stacked along B behind the views.
+    """Samples -> Batch.
 
     Args:
         total: samples in the whole step, over all ranks.
@@ -93,26 +117,25 @@ class Collate:
     labelled: bool
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None
 
-    def __call__(self, samples: list[Sample]) -> Batch:
-        first = samples[0]
-        views = {kind: torch.stack([s.views[kind] for s in samples], 1) for kind in first.views}
-        colours = {kind: stacked([s.photometry[kind] for s in samples]) for kind in first.photometry}
+    def __call__(self, samples: Samples) -> Batch:
+        views = samples.views
+        colours = {kind: view_major(table) for kind, table in samples.photometry.items()}
         if self.normalisation is not None:
             views = {kind: photometry.apply(x, colours[kind], *self.normalisation) for kind, x in views.items()}
             colours = {}
         return Batch(
             views=views,
-            index=torch.tensor([s.index for s in samples]),
+            index=torch.tensor(samples.index),
             total=self.total,
-            label=torch.tensor([s.label for s in samples]) if self.labelled else None,
-            boxes={kind: stacked([s.boxes[kind] for s in samples]) for kind in first.boxes},
+            label=torch.tensor(samples.label) if self.labelled else None,
+            boxes={kind: view_major(table) for kind, table in samples.boxes.items()},
             photometry=colours,
         )
 
 
-def stacked(tables: list[np.ndarray]) -> Tensor:
-    """B times (V, P) -> (V, B, P)"""
-    return torch.from_numpy(np.stack(tables, 1))
+def view_major(table: np.ndarray) -> Tensor:
+    """(B, V, P) -> (V, B, P)"""
+    return torch.from_numpy(np.ascontiguousarray(table.swapaxes(0, 1)))
 
 
 class EvaluationPictures(Dataset[dict[str, Any] | None]):
@@ -191,5 +214,17 @@ class Received:
 
 
 def start_worker(_: int) -> None:
-    """One thread a worker: the machine's cores are shared out by the number of workers."""
+    """One thread a worker: the machine's cores are shared out by the number of workers. And memory that was freed stays
+    with the worker, which needs as much for the next batch: to get it anew costs an eighth of its time."""
     torch.set_num_threads(1)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Where the C library can be told so, which is glibc's."""
+    if sys.platform != "linux":
+        return
+    tell = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tell is not None:
+        tell(M_TRIM_THRESHOLD, KEPT_BYTES)
+        tell(M_MMAP_THRESHOLD, KEPT_BYTES)

@@ -1,7 +1,7 @@
 """Crops of a decoded picture: antialiased bicubic, straight from its bytes, 8 bits in and out.
 
-The filter is Pillow's, computed by torch's 8-bit kernel on a channels-last picture, so that a crop is
-a view of the picture and not a copy.
+The filter is Pillow's. Compiled code computes it where it can be had (`ssd.native`), else torch's 8-bit kernel on a
+channels-last picture, so that a crop is a view of the picture and not a copy.
 """
 
 import numpy as np
@@ -9,8 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssd.native import views as native
 from ssd.views.parameters import settings_of
 from ssd.views.view import Views
+
+
+def empty_views(views: Views, batch: int, channels: int) -> dict[str, Tensor]:
+    """Room for the views of a batch: kind -> (V, B, C, size, size) uint8."""
+    settings = settings_of(views)
+    return {
+        kind: torch.empty(where.stop - where.start, batch, channels, *[settings.sizes[kind]] * 2, dtype=torch.uint8)
+        for kind, where in settings.kinds.items()
+    }
 
 
 def crop_views(image: np.ndarray, boxes: dict[str, np.ndarray], views: Views) -> dict[str, Tensor]:
@@ -19,18 +29,23 @@ def crop_views(image: np.ndarray, boxes: dict[str, np.ndarray], views: Views) ->
     Image (H, W, C) uint8, boxes kind -> (V, 5) with the columns of `Box` inside that image
     -> kind -> (V, C, size, size) uint8.
     """
-    source = channels_last(image)  # (1, C, H, W)
     sizes = settings_of(views).sizes
-    return {kind: crops(source, table, sizes[kind]) for kind, table in boxes.items()}
+    out = {}
+    for kind, table in boxes.items():
+        out[kind] = torch.empty(len(table), image.shape[2], sizes[kind], sizes[kind], dtype=torch.uint8)
+        crop_into(image, table, out[kind])
+    return out
 
 
-def crops(source: Tensor, boxes: np.ndarray, size: int) -> Tensor:
-    """(1, C, H, W) and (V, 5) -> (V, C, size, size)"""
-    pictures = []
-    for left, top, width, height, flip in boxes.astype(int).tolist():
-        picture = resize(source[:, :, top : top + height, left : left + width], size, size)
-        pictures.append(picture.flip(-1) if flip else picture)
-    return torch.cat(pictures)
+def crop_into(image: np.ndarray, boxes: np.ndarray, out: Tensor) -> None:
+    """`boxes` (V, 5) of a picture (H, W, C) uint8, each into its place in `out` (V, C, size, size) uint8."""
+    if native.available():
+        native.crops(image, boxes, out)
+        return
+    source, size = channels_last(image), out.shape[-1]
+    for (left, top, width, height, flip), place in zip(boxes.astype(int).tolist(), out, strict=True):
+        picture = resize(source[:, :, top : top + height, left : left + width], size, size)[0]
+        place.copy_(picture.flip(-1) if flip else picture)
 
 
 def evaluation_picture(image: np.ndarray, size: int, crop: float) -> Tensor:

@@ -51,29 +51,40 @@ def test_a_sample_is_the_picture_in_the_views_drawn_for_its_place(folder):
     sample = training(source, seed=5)[(3, 7)]
     picture = decode(source.open(7))
     boxes, colours = draw(VIEWS, *picture.shape[:2], 5, 3, 7)
-    assert sample.index == 7 and sample.label == -1
+    assert sample.index == [7] and sample.label == [-1]
     for kind, views in crop_views(picture, boxes, VIEWS).items():
-        assert torch.equal(sample.views[kind], views)
-        assert np.array_equal(sample.boxes[kind], boxes[kind])
-        assert np.array_equal(sample.photometry[kind], colours[kind])
+        assert torch.equal(sample.views[kind][:, 0], views)
+        assert np.array_equal(sample.boxes[kind][0], boxes[kind])
+        assert np.array_equal(sample.photometry[kind][0], colours[kind])
 
 
 def test_a_batch_holds_each_sample_in_its_column_and_photometry_may_be_applied_in_it(folder):
-    samples = [training(FolderSource(folder))[(0, index)] for index in (4, 1, 9)]
+    dataset, places = training(FolderSource(folder)), [(0, 4), (0, 1), (0, 9)]
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
-    raw = Collate(total=6, labelled=False)(samples)
-    done = Collate(total=6, labelled=True, normalisation=(mean, std))(samples)
+    raw = Collate(total=6, labelled=False)(dataset.__getitems__(places))
+    done = Collate(total=6, labelled=True, normalisation=(mean, std))(dataset.__getitems__(places))
     assert raw.total == done.total == 6
     assert raw.index.tolist() == [4, 1, 9] and raw.label is None and done.label.tolist() == [-1] * 3
     assert done.photometry == {}
-    for column, sample in enumerate(samples):
+    for column, sample in enumerate(dataset[place] for place in places):
         for kind in ("global", "local"):
-            assert torch.equal(raw.views[kind][:, column], sample.views[kind])
-            assert np.array_equal(raw.photometry[kind][:, column].numpy(), sample.photometry[kind])
-            assert np.array_equal(done.boxes[kind][:, column].numpy(), sample.boxes[kind])
+            assert torch.equal(raw.views[kind][:, column], sample.views[kind][:, 0])
+            assert np.array_equal(raw.photometry[kind][:, column].numpy(), sample.photometry[kind][0])
+            assert np.array_equal(done.boxes[kind][:, column].numpy(), sample.boxes[kind][0])
             alone = photometry.apply(raw.views[kind][:, [column]], raw.photometry[kind][:, [column]], mean, std)
             # the batched and the single matrix product of the blur round apart
             assert_close(done.views[kind][:, [column]], alone, atol=1e-4, rtol=0)
+
+
+def test_pictures_are_worked_off_in_chunks_that_make_no_difference(folder, monkeypatch):
+    places = [(2, index) for index in (4, 1, 9, 3, 3)]
+    whole = training(FolderSource(folder)).__getitems__(places)
+    monkeypatch.setattr("ssd.data.dataset.CHUNK_BYTES", 4000)  # two pictures
+    parts = training(FolderSource(folder)).__getitems__(places)
+    for kind in whole.views:
+        assert torch.equal(whole.views[kind], parts.views[kind])
+        assert np.array_equal(whole.boxes[kind], parts.boxes[kind])
+        assert np.array_equal(whole.photometry[kind], parts.photometry[kind])
 
 
 def test_a_parcel_brings_every_tensor_and_nothing_else():
@@ -125,7 +136,7 @@ def test_the_next_readable_sample_of_the_order_stands_in_for_a_broken_one(folder
             for index in range(12):
                 following = order[order.index(index) :] + order[: order.index(index)]
                 expected = next(i for i in following if i not in broken)
-                assert dataset[(epoch, index)].index == expected
+                assert dataset[(epoch, index)].index == [expected]
     assert len(dataset.broken) == 3
     logged = [record.getMessage() for record in caplog.records]
     assert len(logged) == 3, "once each"
@@ -137,7 +148,7 @@ def test_a_stand_in_is_not_a_copy_of_the_sample_in_its_own_place(folder):
     break_some(folder)
     dataset = training(FolderSource(folder))
     stand_in = dataset[(0, 2)]
-    own = dataset[(0, stand_in.index)]
+    own = dataset[(0, *stand_in.index)]
     assert stand_in.index == own.index
     assert not np.array_equal(stand_in.boxes["local"], own.boxes["local"])
 
