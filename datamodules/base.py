@@ -232,7 +232,6 @@ class PictureData(Recorded, pl.LightningDataModule):
     def train_dataloader(self) -> PictureLoader:
         dataset = self._prepared()
         rank, world = self._place()
-        normalisation = None if self._photometry_on_device() else (self.mean, self.std)
         sampler = EpochSampler(
             len(dataset),
             self.batch_size,
@@ -242,7 +241,12 @@ class PictureData(Recorded, pl.LightningDataModule):
             steps_per_epoch=self._steps_per_epoch(len(dataset) // (self.batch_size * world)),
             steps_done=self._steps_done,
         )
-        collate = Collate(self.batch_size * world, dataset.pictures.source.labels is not None, normalisation)
+        collate = Collate(
+            self.batch_size * world,
+            dataset.pictures.source.labels is not None,
+            self._colours_in_workers(),
+            (self.mean, self.std),
+        )
         return self._loader(dataset, collate, persistent=True, batch_sampler=sampler)
 
     def val_dataloader(self) -> list[PictureLoader]:
@@ -265,13 +269,14 @@ class PictureData(Recorded, pl.LightningDataModule):
         return self._evaluation_loader(everything)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Photometry on the device, for a batch that comes without it."""
-        if not isinstance(batch, Batch) or not batch.photometry:
+        """What the workers left to the device: photometry, or normalisation alone."""
+        if not isinstance(batch, Batch):
             return batch
-        batch.views = {
-            kind: photometry.apply(x, batch.photometry[kind], self.mean, self.std) if kind in batch.photometry else x
-            for kind, x in batch.views.items()
-        }
+        for kind, x in batch.views.items():
+            if kind in batch.photometry:
+                batch.views[kind] = photometry.apply(x, batch.photometry[kind], self.mean, self.std)
+            elif x.dtype == torch.uint8:
+                batch.views[kind] = photometry.normalise(x, self.mean, self.std)
         batch.photometry = {}
         return batch
 
@@ -322,8 +327,13 @@ class PictureData(Recorded, pl.LightningDataModule):
     def _device_type(self) -> str:
         return "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
 
-    def _photometry_on_device(self) -> bool:
-        return self._device_type() != "cpu" if self.photometry == "auto" else self.photometry == "device"
+    def _colours_in_workers(self) -> str:
+        """How much of the photometry workers do, as `Collate` calls it. To an accelerator go 8 bits, which are a quarter
+        of the floats' memory on the way there."""
+        elsewhere = self._device_type() != "cpu"
+        if self.photometry == "device" or (self.photometry == "auto" and elsewhere):
+            return "none"
+        return "levels" if elsewhere else "float"
 
     def _workers(self) -> int:
         """On an accelerator the cores that each process has, less one, at most 16. On a CPU, where loading

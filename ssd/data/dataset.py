@@ -19,7 +19,7 @@ from ssd.data.sampler import permutation
 from ssd.errors import UserError
 from ssd.views import photometry
 from ssd.views.geometry import crop_into, empty_views, evaluation_picture
-from ssd.views.parameters import draw_many
+from ssd.views.parameters import ViewDraws
 from ssd.views.view import Views
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -59,33 +59,29 @@ class TrainingPictures(Dataset[Samples]):
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> Samples:
         """A batch, all views in one block a kind. Raises as `__getitem__`."""
         room = empty_views(self.views, len(places), self.pictures.channels)
+        draws = ViewDraws(self.views, [(self.seed, *place) for place in places])
         seen: list[int] = []
-        drawn: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
+        boxes: list[dict[str, np.ndarray]] = []
         waiting: list[np.ndarray] = []
-
-        def draw_waiting() -> None:
-            first = len(seen) - len(waiting)
-            sizes = [picture.shape[:2] for picture in waiting]
-            keys = [(self.seed, *place) for place in places[first : len(seen)]]
-            drawn.append(draw_many(self.views, sizes, keys))
-            for row, picture in enumerate(waiting):
-                for kind, table in drawn[-1][0].items():
-                    crop_into(picture, table[row], room[kind][:, first + row])
-            waiting.clear()
-
-        for epoch, index in places:
+        for number, (epoch, index) in enumerate(places, start=1):
             found, picture = self._readable(epoch, index)
             seen.append(found)
             waiting.append(picture)
-            if sum(picture.nbytes for picture in waiting) >= CHUNK_BYTES:
-                draw_waiting()
-        if waiting:
-            draw_waiting()
-        boxes, colours = (
-            {kind: np.concatenate([tables[kind] for tables in part]) for kind in room}
-            for part in zip(*drawn, strict=True)
+            if number < len(places) and sum(picture.nbytes for picture in waiting) < CHUNK_BYTES:
+                continue
+            first = number - len(waiting)
+            boxes.append(draws.boxes(first, [picture.shape[:2] for picture in waiting]))
+            for row, picture in enumerate(waiting):
+                for kind, table in boxes[-1].items():
+                    crop_into(picture, table[row], room[kind][:, first + row])
+            waiting.clear()
+        return Samples(
+            room,
+            {kind: np.concatenate([part[kind] for part in boxes]) for kind in room},
+            draws.photometry(),
+            seen,
+            [self.pictures.source.label(index) for index in seen],
         )
-        return Samples(room, boxes, colours, seen, [self.pictures.source.label(index) for index in seen])
 
     def _readable(self, epoch: int, index: int) -> tuple[int, np.ndarray]:
         try:
@@ -109,19 +105,22 @@ class Collate:
     Args:
         total: samples in the whole step, over all ranks.
         labelled: whether the source has labels.
-        normalisation: mean and standard deviation of each channel; where given, photometry is applied
-            here and the views come out float32 and normalised, else uint8 with their photometry beside.
+        colours: "float": photometry is applied here and the views come out float32 and normalised; "levels": it is
+            applied and they come out uint8, to be normalised elsewhere; "none": uint8 with their photometry beside.
+        normalisation: mean and standard deviation of each channel, for "float".
     """
 
     total: int
     labelled: bool
+    colours: str = "none"
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None
 
     def __call__(self, samples: Samples) -> Batch:
         views = samples.views
         colours = {kind: view_major(table) for kind, table in samples.photometry.items()}
-        if self.normalisation is not None:
-            views = {kind: photometry.apply(x, colours[kind], *self.normalisation) for kind, x in views.items()}
+        if self.colours != "none":
+            mean, std = self.normalisation if self.colours == "float" and self.normalisation else (None, None)
+            views = {kind: photometry.apply(x, colours[kind], mean, std) for kind, x in views.items()}
             colours = {}
         return Batch(
             views=views,

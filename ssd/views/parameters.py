@@ -134,13 +134,33 @@ def draw_many(
     views: Views, sizes: Sequence[tuple[int, int]], places: Sequence[tuple[int, ...]]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """`draw` for B pictures in one go: sizes (height, width), px, and places -> kind -> (B, V, 5), kind -> (B, V, 13)."""
-    settings = settings_of(views)
-    numbers = uniforms_of_many((len(settings.probs), DRAWS), places)  # (B, V, DRAWS)
-    gates = numbers[..., GATES_AT] < settings.probs  # (B, V, 5)
-    boxes = np.empty((*numbers.shape[:2], len(Box)), dtype=np.float32)
-    boxes[..., : Box.FLIP] = crops(numbers, settings, np.array(sizes, dtype=np.float64))
-    boxes[..., Box.FLIP] = gates[..., 0]
-    return settings.by_kind(boxes), settings.by_kind(colours(numbers, gates[..., 1:], settings))
+    drawn = ViewDraws(views, places)
+    return drawn.boxes(0, sizes), drawn.photometry()
+
+
+class ViewDraws:
+    """The random numbers of a batch's views, drawn at once; boxes follow when the pictures' sizes are known.
+
+    Args:
+        places: (seed, epoch, index) of each of B samples.
+    """
+
+    def __init__(self, views: Views, places: Sequence[tuple[int, ...]]):
+        self.settings = settings_of(views)
+        self.numbers = uniforms_of_many((len(self.settings.probs), DRAWS), places)  # (B, V, DRAWS)
+        self.gates = self.numbers[..., GATES_AT] < self.settings.probs  # (B, V, 5)
+
+    def boxes(self, first: int, sizes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        """Of samples from the `first` on, by their sizes (height, width), px. kind -> (len(sizes), V, 5)"""
+        rows = slice(first, first + len(sizes))
+        boxes = np.empty((len(sizes), self.numbers.shape[1], len(Box)), dtype=np.float32)
+        boxes[..., : Box.FLIP] = crops(self.numbers[rows], self.settings, np.array(sizes, dtype=np.float64))
+        boxes[..., Box.FLIP] = self.gates[rows, :, 0]
+        return self.settings.by_kind(boxes)
+
+    def photometry(self) -> dict[str, np.ndarray]:
+        """kind -> (B, V, 13)"""
+        return self.settings.by_kind(colours(self.numbers, self.gates[..., 1:], self.settings))
 
 
 def crops(numbers: np.ndarray, settings: Settings, sizes: np.ndarray) -> np.ndarray:

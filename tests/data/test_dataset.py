@@ -62,10 +62,15 @@ def test_a_batch_holds_each_sample_in_its_column_and_photometry_may_be_applied_i
     dataset, places = training(FolderSource(folder)), [(0, 4), (0, 1), (0, 9)]
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
     raw = Collate(total=6, labelled=False)(dataset.__getitems__(places))
-    done = Collate(total=6, labelled=True, normalisation=(mean, std))(dataset.__getitems__(places))
+    done = Collate(total=6, labelled=True, colours="float", normalisation=(mean, std))(dataset.__getitems__(places))
     assert raw.total == done.total == 6
     assert raw.index.tolist() == [4, 1, 9] and raw.label is None and done.label.tolist() == [-1] * 3
     assert done.photometry == {}
+    levels = Collate(total=6, labelled=True, colours="levels")(dataset.__getitems__(places))
+    assert levels.photometry == {}
+    for kind, view in levels.views.items():
+        assert view.dtype == torch.uint8
+        assert_close(photometry.normalise(view, mean, std), done.views[kind], atol=0.51 / 255 / min(std), rtol=0)
     for column, sample in enumerate(dataset[place] for place in places):
         for kind in ("global", "local"):
             assert torch.equal(raw.views[kind][:, column], sample.views[kind][:, 0])

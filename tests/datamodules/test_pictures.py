@@ -113,8 +113,21 @@ def test_photometry_on_the_device_gives_what_the_worker_gives(folder):
 
 def test_colour_is_left_to_an_accelerator_and_done_by_workers_on_a_cpu(folder):
     data = in_trainer(Images(folder, batch_size=8), device="cuda")
-    assert data._photometry_on_device() and data._workers() >= 1
-    assert not in_trainer(Images(folder, batch_size=8))._photometry_on_device()
+    assert data._colours_in_workers() == "none" and data._workers() >= 1
+    assert in_trainer(Images(folder, batch_size=8))._colours_in_workers() == "float"
+
+
+def test_colours_that_workers_make_for_an_accelerator_travel_as_levels(folder):
+    for_cpu = in_trainer(Images(folder, batch_size=8, num_workers=0, photometry="worker"))
+    data = in_trainer(Images(folder, batch_size=8, num_workers=0, photometry="worker"), device="cuda")
+    assert data._colours_in_workers() == "levels"
+    loader = data.train_dataloader()
+    loader.pin_memory = False
+    batch, expected = next(iter(loader)), next(iter(for_cpu.train_dataloader()))
+    assert batch.views["global"].dtype == torch.uint8 and not batch.photometry
+    batch = data.on_after_batch_transfer(batch, 0)
+    for kind, view in expected.views.items():
+        torch.testing.assert_close(batch.views[kind], view, atol=0.51 / 255 / min(data.std), rtol=0)
 
 
 def test_a_limit_trains_on_so_many_and_stays_apart_from_what_is_held_out(folder):
