@@ -27,6 +27,7 @@ from ssd.data.sampler import EpochSampler
 from ssd.data.sources import Renamed, Source, Subset, held_out, limited
 from ssd.data.statistics import NUM_SURVEYED, measured_levels, survey
 from ssd.errors import UserError
+from ssd.masking.batch import MaskPlan
 from ssd.native import views as native
 from ssd.record import Recorded
 from ssd.views import photometry
@@ -114,6 +115,7 @@ class PictureData(Recorded, pl.LightningDataModule):
         self.mean: list[float]
         self.std: list[float]
         self.views: Views
+        self.masks: dict[str, MaskPlan] = {}
         self._training: TrainingPictures | None = None
 
     def sources(self) -> tuple[Source, Source | None]:
@@ -202,10 +204,16 @@ class PictureData(Recorded, pl.LightningDataModule):
             raise UserError(
                 f"micro_batches: {micro_batches} does not divide data.batch_size {self.batch_size}. Use a divisor."
             )
-        self.prepare(trainer.lightning_module.views)
+        module = trainer.lightning_module
+        self.prepare(module.views, module.mask_plans() if hasattr(module, "mask_plans") else None)
 
-    def prepare(self, views: str | Views) -> None:
-        """Opens the data and measures it. Raises UserError where it cannot be used."""
+    def prepare(self, views: str | Views, masks: Mapping[str, MaskPlan] | None = None) -> None:
+        """Opens the data and measures it. Raises UserError where it cannot be used.
+
+        Args:
+            masks: what is masked in each batch, as `SelfDistillation.mask_plans` says it.
+        """
+        self.masks = dict(masks or {})
         views = views_named(views)
         if self._training is not None and views == self._training.views:
             return
@@ -246,6 +254,10 @@ class PictureData(Recorded, pl.LightningDataModule):
             dataset.pictures.source.labels is not None,
             self._colours_in_workers(),
             (self.mean, self.std),
+            self.masks,
+            seed=self.seed,
+            rank=rank,
+            world=world,
         )
         return self._loader(dataset, collate, persistent=True, batch_sampler=sampler)
 

@@ -4,9 +4,10 @@
 states itself in `targets`, `losses` and `update`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from ssd.batch import Batch, Targets
 from ssd.distributed import sum_over_ranks, world_size
 from ssd.errors import UserError
 from ssd.losses.prototype import entropy
+from ssd.masking.batch import MaskPlan
+from ssd.masking.recipes import Masking
 from ssd.optim import AdamW, Clip, OptimizerRule, parameter_groups, resolve_lr
 from ssd.record import Recorded
 from ssd.resume import refuse_another_length
@@ -85,6 +88,8 @@ class Step(Recorded, nn.Module):
 
     student: nn.Module
     teacher: nn.Module
+    masking: Mapping[str, Masking] = MappingProxyType({})
+    """Kind of view -> how its tokens are masked; a method that masks sets it."""
 
     def __init__(
         self,
@@ -162,6 +167,22 @@ class Step(Recorded, nn.Module):
         """What probes and exports use: the teacher's backbone where the teacher follows the student, else the student's."""
         network: Any = self.teacher.network if self.teacher.follows else self.student
         return network.backbone
+
+    def mask_plans(self) -> dict[str, MaskPlan]:
+        """What the data masks in each batch: the recipes of `masking` on the token grids of the kinds of view they name.
+
+        Raises UserError for a kind that the views lack.
+        """
+        kinds, plans = self.views.kinds(), {}
+        for kind, recipe in self.masking.items():
+            if kind not in kinds:
+                raise UserError(
+                    f"masks are for '{kind}' views, and the views have {', '.join(kinds)}. Name one of them."
+                )
+            size = kinds[kind][0].size
+            grid = self.evaluated_backbone.grid(size, size)
+            plans[kind] = MaskPlan(recipe, len(kinds[kind]), grid, self.micro_batches)
+        return plans
 
     # ------------------------------------------------------------------ time
 

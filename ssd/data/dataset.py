@@ -2,8 +2,8 @@
 
 import ctypes
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ssd.data.cache import Pictures
 from ssd.data.parcel import Parcel
 from ssd.data.sampler import permutation
 from ssd.errors import UserError
+from ssd.masking.batch import MaskPlan
 from ssd.views import photometry
 from ssd.views.geometry import crop_into, empty_views, evaluation_picture
 from ssd.views.parameters import ViewDraws
@@ -36,6 +37,7 @@ class Samples:
     photometry: dict[str, np.ndarray]  # kind -> (B, V, P)
     index: list[int]
     label: list[int]
+    step: int  # of the run, which the batch is for
 
 
 class TrainingPictures(Dataset[Samples]):
@@ -81,6 +83,7 @@ class TrainingPictures(Dataset[Samples]):
             draws.photometry(),
             seen,
             [self.pictures.source.label(index) for index in seen],
+            getattr(places, "step", 0),
         )
 
     def _readable(self, epoch: int, index: int) -> tuple[int, np.ndarray]:
@@ -108,12 +111,19 @@ class Collate:
         colours: "float": photometry is applied here and the views come out float32 and normalised; "levels": it is
             applied and they come out uint8, to be normalised elsewhere; "none": uint8 with their photometry beside.
         normalisation: mean and standard deviation of each channel, for "float".
+        masks: name -> what is masked, drawn for the step and no other: the same whoever draws it.
+        seed: of masks.
+        rank, world: which part of the step's samples this is.
     """
 
     total: int
     labelled: bool
     colours: str = "none"
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None
+    masks: Mapping[str, MaskPlan] = field(default_factory=dict)
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
 
     def __call__(self, samples: Samples) -> Batch:
         views = samples.views
@@ -127,6 +137,10 @@ class Collate:
             index=torch.tensor(samples.index),
             total=self.total,
             label=torch.tensor(samples.label) if self.labelled else None,
+            masks={
+                name: plan.draw(len(samples.index), self.seed, samples.step, number, rank=self.rank, world=self.world)
+                for number, (name, plan) in enumerate(sorted(self.masks.items()))
+            },
             boxes={kind: view_major(table) for kind, table in samples.boxes.items()},
             photometry=colours,
         )

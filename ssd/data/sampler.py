@@ -1,6 +1,6 @@
 """Which samples a rank sees in which step: a pure function of the seed and of the steps done."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -24,7 +24,18 @@ def zero() -> int:
     return 0
 
 
-class EpochSampler(Sampler[list[tuple[int, int]]]):
+class Places(list[tuple[int, int]]):
+    """The places `(epoch, index)` of one batch, and which step of the run it is for."""
+
+    def __init__(self, places: Iterable[tuple[int, int]], step: int):
+        super().__init__(places)
+        self.step = step
+
+    def __reduce__(self):
+        return Places, (list(self), self.step)
+
+
+class EpochSampler(Sampler[Places]):
     """Batches of `(epoch, index)` of one rank, from the step after the last one done to the end of its epoch.
 
     Step n of an epoch is rows n G to (n + 1) G of the epoch's permutation, with G = `batch_size` x
@@ -63,9 +74,10 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         """Steps of a whole epoch, which is what a trainer's own limit is a share of."""
         return self.length // (self.batch_size * self.world)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[Places]:
         epoch, start = divmod(self.steps_done(), self.steps_per_epoch)
         order = permutation(self.length, self.seed, epoch)
         for step in range(start, self.steps_per_epoch):
             first = (step * self.world + self.rank) * self.batch_size
-            yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
+            places = [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
+            yield Places(places, epoch * self.steps_per_epoch + step)

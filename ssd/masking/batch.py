@@ -1,6 +1,7 @@
 """The masks of a step, as the boolean form and as indices, for one rank and its slices."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,6 +12,27 @@ from ssd.masking.counts import SPREAD
 from ssd.masking.recipes import Masking
 
 ROUND = 64  # padded lengths are multiples of it, so that few shapes occur
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """What is to be masked in each batch.
+
+    Args:
+        recipe: how.
+        views: V, masks of each sample; as many as the kind has views, where it is one.
+        grid: tokens of a view, (h, w), (t, h, w) or (t,).
+        slices: equal parts in which the batch of a rank passes the student.
+    """
+
+    recipe: Masking
+    views: int
+    grid: tuple[int, ...]
+    slices: int = 1
+
+    def draw(self, batch: int, *place: int, rank: int = 0, world: int = 1) -> Masks:
+        """The masks of this rank's `batch` samples; `place` is (seed, step) and whatever tells plans apart."""
+        return masks_for(self.recipe, self.views, batch, self.grid, *place, rank=rank, world=world, slices=self.slices)
 
 
 def masks_for(
