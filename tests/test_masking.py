@@ -18,6 +18,7 @@ from ssd.masking.recipes import (
     SpanMasks,
 )
 from ssd.masking.shapes import draw_blocks, visible_blocks
+from ssd.native import masks as native
 
 IBOT = BlockMasks()
 DINOV2 = BlockMasks(smallest=4, largest=0.5, even=True)
@@ -107,7 +108,7 @@ def test_statistics_of_dinov2_masks():
     """Card dinov2: equal to the request in 93 % of draws, never more than 3 short; .298 of the patches on average."""
     rng = np.random.default_rng(0)
     wanted = np.floor(rng.uniform(0.1, 0.5, 4000) * 196)
-    counts = draw_blocks(wanted, (14, 14), 4, 98, 0.3, 10, rng).sum((1, 2))
+    counts = draw_blocks(wanted, (14, 14), 4, 98, 0.3, 10, keys_of(wanted)).sum((1, 2))
     short = wanted - counts
     assert short.min() >= 0 and short.max() <= 4
     assert (short == 0).mean() == pytest.approx(0.93, abs=0.02)
@@ -119,7 +120,7 @@ def test_statistics_of_ibot_masks():
     counts, wanted = [], []
     rng = np.random.default_rng(1)
     wanted = rng.uniform(0.1, 0.5, 4000) * 196
-    counts = draw_blocks(wanted, (14, 14), 16, 196, 0.3, 10, rng).sum((1, 2))
+    counts = draw_blocks(wanted, (14, 14), 16, 196, 0.3, 10, keys_of(wanted)).sum((1, 2))
     short = wanted - counts
     assert short.min() >= 0
     assert short.mean() == pytest.approx(1.2, abs=0.15)
@@ -127,6 +128,10 @@ def test_statistics_of_ibot_masks():
     assert (counts / 196).mean() == pytest.approx(0.296, abs=0.005)
     drawn = IBOT.draw(2, 1000, (14, 14), 0, 0)
     assert drawn.any(2).mean() == pytest.approx(0.5, abs=0.04)
+
+
+def keys_of(wanted):
+    return np.random.default_rng(7).integers(0, 2**64, len(wanted), dtype=np.uint64)
 
 
 def one_by_one(wanted, grid, smallest, largest, aspect, tries, rng):
@@ -159,7 +164,7 @@ def test_blocks_are_distributed_as_those_drawn_one_by_one(smallest, largest):
 
     rng = np.random.default_rng(2)
     wanted = rng.uniform(0.1, 0.5, 1500) * 196
-    ours = draw_blocks(wanted, (14, 14), smallest, largest, 0.3, 10, rng)
+    ours = draw_blocks(wanted, (14, 14), smallest, largest, 0.3, 10, keys_of(wanted))
     theirs = one_by_one(wanted, (14, 14), smallest, largest, 0.3, 10, rng)
     for statistic in (lambda m: m.sum((1, 2)), edges, lambda m: m.any(1).sum(1), lambda m: m.any(2).sum(1)):
         a, b = statistic(ours), statistic(theirs)
@@ -288,3 +293,17 @@ def test_spans_of_a_batch_hide_equally_many_and_reach_the_end():
 def test_mistakes_are_said(make, said):
     with pytest.raises(UserError, match=said):
         make()
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (64, 33), (7, 3), (2, 2)])
+@pytest.mark.parametrize("smallest, largest", [(16, 196), (4, 98), (1, 1)])
+def test_compiled_blocks_are_the_same_blocks(grid, smallest, largest, monkeypatch):
+    if not native.available():
+        pytest.skip("no C compiler is at hand, so that NumPy draws the masks")
+    rng = np.random.default_rng(1)
+    wanted = rng.uniform(0.0, 1.0, 500) * math.prod(grid) * (rng.random(500) > 0.2)
+    arguments = (wanted, grid, smallest, largest, 0.3, 10, keys_of(wanted))
+    compiled = draw_blocks(*arguments)
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert (compiled == draw_blocks(*arguments)).all()
+    assert compiled.any() or max(grid) == 2

@@ -1,6 +1,7 @@
 """How many tokens are hidden in each crop, spread evenly over the samples of a step."""
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,11 +12,12 @@ if TYPE_CHECKING:
 SPREAD = 8  # samples among which masked crops are spread evenly
 
 
+@lru_cache(maxsize=8)
 def strata(views: int, batch: int, share: float) -> np.ndarray:
     """(batch, views) which of the evenly spread shares each crop gets, -1 for a crop that stays whole.
 
     Samples are taken `SPREAD` at a time, and each of these groups gets its part of the masked crops and of small and
-    large shares. So every slice of the batch has nearly the same work, whoever draws it.
+    large shares. So every slice of the batch has nearly the same work, whoever draws it. Not to be written to.
     """
     groups = max(1, -(-batch // SPREAD))
     given = np.full((batch, views), -1)
@@ -32,6 +34,7 @@ def strata(views: int, batch: int, share: float) -> np.ndarray:
     rank = np.concatenate([np.arange(len(part)) * groups + j for j, part in enumerate(by_group)]) if masked else order
     place[rank.argsort(kind="stable")] = order
     given[given >= 0] = place[given[given >= 0]]
+    given.flags.writeable = False
     return given
 
 
@@ -43,11 +46,11 @@ def wanted_tokens(
     if not recipe.even:
         masked = rng.random((views, batch)) < recipe.share
         return np.where(masked, rng.uniform(low, high, (views, batch)) * tokens, 0.0)
-    given = strata(views, batch, recipe.share)
+    given = strata(views, batch, recipe.share).copy()
     # within its group each share may fall to any crop
-    for first in range(0, batch, SPREAD):
-        part = given[first : first + SPREAD]
-        given[first : first + SPREAD] = rng.permutation(part.reshape(-1)).reshape(part.shape)
+    whole = batch // SPREAD * SPREAD
+    groups = rng.permuted(given[:whole].reshape(-1, SPREAD * views), axis=1).reshape(whole, views)
+    given = np.concatenate([groups, rng.permutation(given[whole:].reshape(-1)).reshape(-1, views)])
     masked = int((given >= 0).sum())
     share = low + (high - low) * (given + rng.random(given.shape)) / max(masked, 1)
     return np.where(given >= 0, np.floor(share * tokens), 0.0).T

@@ -141,7 +141,8 @@ class BlockMasks(Masking):
         wanted = wanted_tokens(self, views, batch, height * width, rng).reshape(-1)
         smallest = (min(height, width) // 3) ** 2 if self.smallest is None else self.smallest
         largest = height * width if self.largest == 1 else floor(self.largest * height * width)
-        return draw_blocks(wanted, (height, width), smallest, largest, self.aspect, self.tries, rng)
+        keys = rng.integers(0, 2**64, len(wanted), dtype=np.uint64)
+        return draw_blocks(wanted, (height, width), smallest, largest, self.aspect, self.tries, keys)
 
     def most(self, views: int, batch: int, tokens: int) -> np.ndarray | None:
         return most_tokens(self, views, batch, tokens) if self.even else None

@@ -4,7 +4,9 @@ import math
 
 import numpy as np
 
+from ssd.data.randomness import GAMMA, mix
 from ssd.errors import UserError
+from ssd.native import masks as native
 
 
 def draw_blocks(
@@ -14,24 +16,28 @@ def draw_blocks(
     largest: float,
     aspect: float,
     tries: int,
-    rng: np.random.Generator,
+    keys: np.ndarray,
 ) -> np.ndarray:
-    """(G, H, W) masks of rectangles, at most `wanted` (G,) tokens each.
+    """(G, H, W) masks of rectangles, at most `wanted` (G,) tokens each; `keys` (G,) uint64 of their random numbers.
 
     A rectangle's area is uniform from `smallest` to what is left (or `largest`, where that is less), the log of its
     aspect ratio uniform; the first of `tries` that is smaller than the grid and hides at least one token more and
-    not too many is taken, and a crop for which none is stays as it is. All tries of a round are made at once: their
-    overlap with what is hidden comes from one table of sums.
+    not too many is taken, and a crop for which none is stays as it is. Compiled code goes through the crops where it can
+    be had; here all tries of a round are made at once: their overlap with what is hidden comes from one table of sums.
     """
     height, width = grid
+    if native.available() and max(grid) <= native.WIDEST:
+        return native.blocks(wanted, grid, smallest, largest, math.log(1 / aspect), tries, keys)
     masks = np.zeros((len(wanted), height, width), dtype=bool)
     active = np.flatnonzero(wanted > 0)
     hidden = np.zeros(len(wanted))
     rows, columns = np.arange(height), np.arange(width)
     spread = math.log(1 / aspect)
+    made = 0  # rounds
     while len(active):
         left = np.minimum(wanted[active] - hidden[active], largest)[:, None]  # (A, 1)
-        numbers = rng.random((4, len(active), tries))
+        numbers = numbers_of_round(keys[active], made, tries)
+        made += 1
         area = smallest + numbers[0] * (left - smallest)
         stretch = np.exp(spread * (2 * numbers[1] - 1))
         high = np.rint(np.sqrt(area * stretch)).astype(np.intp)
@@ -58,6 +64,14 @@ def draw_blocks(
         hidden[active] += fresh[pick]
         active = active[hidden[active] < wanted[active]]
     return masks
+
+
+def numbers_of_round(keys: np.ndarray, number: int, tries: int) -> np.ndarray:
+    """(4, A, tries) uniform numbers in [0, 1) of the streams `keys` (A,)."""
+    places = np.arange(number * tries * 4, (number + 1) * tries * 4, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        bits = mix(keys[:, None] + GAMMA * (places + np.uint64(1)))
+    return ((bits >> np.uint64(11)) * 2.0**-53).reshape(-1, tries, 4).transpose(2, 0, 1)
 
 
 def visible_blocks(

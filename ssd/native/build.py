@@ -19,7 +19,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("views.c")
+SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 COMPILERS = ("cc", "gcc", "clang")
 # what -ffast-math means for the code at hand; as one flag it would change how the whole process treats tiny numbers
 FAST_MATH = "no-math-errno no-trapping-math finite-math-only no-signed-zeros associative-math reciprocal-math"
@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(compiled()))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning(
-            "views are made by torch, about four times slower than by C code compiled here: %s. "
+            "views are made by torch, which takes about four times as long as C code compiled here does: %s. "
             "A C compiler (gcc or clang) on the path mends this; SSD_NATIVE=0 says that it is meant.",
             error,
         )
@@ -50,12 +50,13 @@ def compiled() -> Path:
     compiler = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
     if compiler is None:
         raise OSError("there is no C compiler")
-    name = hashlib.sha256("\n".join([SOURCE.read_text(), version(compiler), processor(), *FLAGS]).encode()).hexdigest()
-    target = folder() / f"views-{name[:16]}.so"
+    told = [*(source.read_text() for source in SOURCES), version(compiler), processor(), *FLAGS]
+    name = hashlib.sha256("\n".join(told).encode()).hexdigest()
+    target = folder() / f"native-{name[:16]}.so"
     if not target.exists():
         # under another name first: other processes may be at it too
         with tempfile.TemporaryDirectory(dir=target.parent) as place:
-            made = Path(place) / "views.so"
+            made = Path(place) / "native.so"
             compile_to(compiler, made)
             os.replace(made, target)
     return target
@@ -64,7 +65,7 @@ def compiled() -> Path:
 def compile_to(compiler: str, target: Path, tuning: Sequence[Sequence[str]] = TUNING) -> None:
     """By the first of `tuning` that the compiler knows. Raises OSError with the compiler's last words."""
     for tuned in tuning:
-        command = [*compiler.split(), *FLAGS, *tuned, "-o", str(target), str(SOURCE), "-lm"]
+        command = [*compiler.split(), *FLAGS, *tuned, "-o", str(target), *map(str, SOURCES), "-lm"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S)
         if result.returncode == 0:
             return

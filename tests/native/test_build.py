@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssd.native import build, views
+from ssd.native import build, masks, views
 from ssd.views.parameters import draw_many
 from ssd.views.recipes import DINOViews
 
@@ -24,10 +24,10 @@ def fresh(monkeypatch, tmp_path):
     """A machine that has compiled nothing yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("SSD_NATIVE", raising=False)
-    for function in (build.library, views.functions):
+    for function in (build.library, views.functions, masks.functions):
         function.cache_clear()
     yield tmp_path / "ssd"
-    for function in (build.library, views.functions):
+    for function in (build.library, views.functions, masks.functions):
         function.cache_clear()
 
 
