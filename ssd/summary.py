@@ -16,6 +16,7 @@ from ssd.evaluation.protocol import Number
 from ssd.evaluation.suite import table
 
 PLAIN_WIDTH = 120
+WAITING_TOO_LONG = 0.25  # of a run's time
 
 
 def console() -> Console:
@@ -85,6 +86,7 @@ def fit_summary(
         "steps": module.step,
         "skipped_steps": module.skipped_steps,
         "images_per_second": throughput.images_per_second,
+        "waiting_share": throughput.waiting_share,
         "numbers": number_rows(evaluation.numbers),
         "evaluated_step": evaluation.step,
         "last": last,
@@ -99,7 +101,10 @@ def fit_summary(
         print_numbers(out, evaluation.numbers, f"{type(module).__name__}, step {evaluation.step}")
     facts = {"steps": f"{module.step} of {module.total_steps}, {module.skipped_steps} skipped"}
     if throughput.images_per_second is not None:
-        facts["speed"] = f"{throughput.images_per_second:,.0f} images/s"
+        waiting = throughput.waiting_share
+        facts["speed"] = f"{throughput.images_per_second:,.0f} images/s, {waiting:.0%} of the time waiting for data"
+        if waiting > WAITING_TOO_LONG:
+            facts["speed"] += ": try more data.num_workers"
     if last:
         facts["last checkpoint"] = shown(last)
     if best:

@@ -253,7 +253,7 @@ MISTAKES = {
     "a batch larger than the data": ("fit --config tiny.yaml --data pets", ["batch_size"]),
     "clipping of the trainer": (
         "fit --config tiny.yaml --data Digits --trainer.gradient_clip_val 1",
-        ["trainer.gradient_clip_val: 1 would be ignored", "clip"],
+        ["trainer.gradient_clip_val: 1", "would be ignored", "clip"],
     ),
     "accumulation of the trainer": (
         "fit --config tiny.yaml --data Digits --trainer.accumulate_grad_batches 2",

@@ -9,7 +9,7 @@ import torch
 
 
 class Throughput(pl.Callback):
-    """Logs images per second over the whole job and peak device memory, and keeps the median for the end table.
+    """Logs images per second over the whole job, the share of the time that steps waited for data, and peak device memory.
 
     Time between batches counts, so a slow loader shows; evaluations and checkpoints between them do not.
     """
@@ -17,12 +17,19 @@ class Throughput(pl.Callback):
     def __init__(self) -> None:
         self.rates: deque[float] = deque(maxlen=10_000)
         self.seconds = 0.0
+        self.waited = 0.0
         self.images = 0
         self._last: float | None = None
+        self._wait = 0.0
 
     @property
     def images_per_second(self) -> float | None:
         return statistics.median(self.rates) if self.rates else None
+
+    @property
+    def waiting_share(self) -> float | None:
+        """Of the time that counts, the part in which the step waited for its batch, in [0, 1]."""
+        return self.waited / self.seconds if self.seconds else None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last = None
@@ -33,16 +40,21 @@ class Throughput(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         self._last = None
 
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self._wait = 0.0 if self._last is None else time.perf_counter() - self._last
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         now = time.perf_counter()
         if self._last is not None:
             self.rates.append(batch.total / (now - self._last))
             self.seconds += now - self._last
+            self.waited += self._wait
             self.images += batch.total
         self._last = now
         every = trainer.log_every_n_steps
         if every and pl_module.step % every == 0 and self.rates:
             recent = list(self.rates)[-every:]
             pl_module.log("train/speed/images_per_s", statistics.median(recent))
+            pl_module.log("train/speed/waiting_share", self.waited / self.seconds)
             if torch.cuda.is_available():
                 pl_module.log("train/memory/peak_gib", torch.cuda.max_memory_allocated() / 2**30)

@@ -34,7 +34,20 @@ def test_images_per_second_are_those_of_the_whole_step_by_the_median(clock):
     logged = steps(callback, clock, 5.0, 0.5, 0.25, 8.0, log_every=2)
     assert callback.images_per_second == 32 / 0.5
     assert (callback.images, callback.seconds) == (3 * 32, 8.75)
+    assert "train/speed/waiting_share" in logged
     assert logged["train/speed/images_per_s"] == pytest.approx((32 / 0.25 + 32 / 8) / 2), "the median of the last two"
+
+
+def test_the_time_between_a_step_and_the_next_batch_is_waiting(clock):
+    callback, module = Throughput(), SimpleNamespace(step=0)
+    trainer, batch = SimpleNamespace(log_every_n_steps=0), SimpleNamespace(total=32)
+    assert callback.waiting_share is None
+    for wait, work in ((9.0, 1.0), (0.5, 1.5), (1.0, 1.0)):
+        clock.seconds += wait
+        callback.on_train_batch_start(trainer, module, batch, 0)
+        clock.seconds += work
+        callback.on_train_batch_end(trainer, module, None, batch, 0)
+    assert callback.waiting_share == pytest.approx(1.5 / 4), "the first batch is the loader's start and does not count"
 
 
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_train_epoch_start", "on_save_checkpoint"])
