@@ -72,7 +72,7 @@ def expand(argv: list[str], stored: Mapping[str, Any] | None = None, only: Seque
     words = iter(argv)
     for word in words:
         option, equals, value = word.partition("=")
-        if option not in ("--config", "-c", "--data"):
+        if option not in ("--config", "-c", "--data", "--views"):
             typed.append(word)
             continue
         if not equals:
@@ -81,6 +81,9 @@ def expand(argv: list[str], stored: Mapping[str, Any] | None = None, only: Seque
             raise UserError(f"{option} needs a value.")
         if option == "--data":
             chosen = data_arguments(value)
+        elif option == "--views":
+            views = spelled_out(value)
+            typed += ["--views", views] if views is value else ["--config", yaml.safe_dump({"views": views})]
         else:
             typed.append(config_file(value))
 
@@ -100,8 +103,21 @@ def sections_of(config: Mapping[str, Any], only: Sequence[str]) -> dict[str, Any
     """Of a config what a verb needs that does not train: some sections, and the method's views as one of them."""
     method = config.get("model")
     views = (method.get("init_args") or {}).get("views") if isinstance(method, Mapping) else None
-    found = {**config, **({} if views is None else {"views": views})}
+    found = {**config, **({} if views is None else {"views": spelled_out(views)})}
     return {key: value for key, value in found.items() if key in only}
+
+
+def spelled_out(views: Any) -> Any:
+    """The settings of a recipe that is named, so that some of them can be typed; anything else as it is."""
+    from ssd.record import describe
+    from ssd.views.recipes import RECIPES
+
+    if not isinstance(views, str) or views not in RECIPES:
+        return views
+    record = describe(RECIPES[views])
+    if record["init_args"]["evaluation_size"] == RECIPES[views].image_size:
+        record["init_args"]["evaluation_size"] = None  # follows the views
+    return record
 
 
 def config_arguments(config: Mapping[str, Any], path: Path | None, chosen: list[str] | None) -> list[str]:

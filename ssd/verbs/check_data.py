@@ -3,14 +3,10 @@
 import argparse
 import multiprocessing
 import os
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from rich.table import Table
 
 from ssd.data.broken import BrokenPictures
 from ssd.data.cache import Pictures
@@ -18,7 +14,8 @@ from ssd.data.checks import findings as say
 from ssd.data.checks.crops import Enlargement, enlargements
 from ssd.data.checks.examine import Examined, examine
 from ssd.data.checks.findings import LEVELS, STOP, Finding
-from ssd.data.checks.repeats import Repeats, repeated, repeats, shared
+from ssd.data.checks.repeats import Repeats, repeats
+from ssd.data.checks.report import facts, table_of_parts, table_of_speeds, table_of_views, write_list
 from ssd.data.checks.speed import Speed, measure, recommended, worker_counts
 from ssd.data.folder import LIST_SUFFIXES
 from ssd.data.sources import Source, limited, open_source
@@ -48,6 +45,7 @@ def run(argv: list[str]) -> int:
     seen = look_at(data, parts, arguments.limit, workers)
     found = repeats(seen)
     findings += [finding for name in seen for finding in findings_of(name, seen, found, data, views)]
+    findings += say.classes(parts[TRAINING])
     sizes = seen[TRAINING].sizes
     enlarged = enlargements(views, sizes, data.seed) if len(sizes) else []
     findings += say.crops(enlarged)
@@ -63,11 +61,12 @@ def run(argv: list[str]) -> int:
         listed = [TRAINING] + [HELD_OUT] * (HELD_OUT in seen and getattr(data, "val_path", None) is None)
         written = write_list(arguments.out, [(seen[name], found.alike[name]) for name in listed])
     stops = any(finding.level == STOP for finding in findings)
-    show(seen, found, enlarged, speeds, findings, written)
+    about = {name: facts(name, parts[name], part, found, TRAINING) for name, part in seen.items()}
+    show(about, enlarged, speeds, findings, written)
     write_json(
         arguments.json,
         {
-            "parts": {name: facts(name, part, found) for name, part in seen.items()},
+            "parts": about,
             "views": [vars(kind) for kind in enlarged],
             "loader": [vars(speed) for speed in speeds],
             "workers": recommended(speeds) if speeds else None,
@@ -85,7 +84,7 @@ def options() -> argparse.ArgumentParser:
         "views, channels, classes, pictures that are both in the training and in the held-out data, and how fast they "
         "load. Exit status 1 when something would stop a run.",
         epilog="--data takes a path, a class name or a data config, and --data.KEY VALUE its settings, as in ssd fit. "
-        "--views takes a recipe (default: dino), --views.KEY VALUE its settings; --config method/NAME those of a run.",
+        "--views takes a recipe (default: dino), and --views.KEY VALUE its settings; --config method/NAME takes those of a run.",
     )
     parser.add_argument("path", nargs="?", metavar="PATH", help="the data, the same as --data PATH")
     parser.add_argument("--against", metavar="PATH", help="other data that should share no picture with this")
@@ -161,7 +160,7 @@ def findings_of(name: str, parts: dict[str, Examined], found: Repeats, data: Any
         *say.duplicates(name, part, found),
         *say.blank(name, part),
         *say.tiny(name, part, views),
-        *(say.classes(part) + say.grey(part) if name == TRAINING else []),
+        *(say.grey(part) if name == TRAINING else []),
     ]
 
 
@@ -192,134 +191,21 @@ def try_loading(data: Any, views: Views, training: Examined, wanted_s: float) ->
 
 
 def show(
-    seen: dict[str, Examined],
-    found: Repeats,
+    about: dict[str, dict[str, Any]],
     enlarged: Sequence[Enlargement],
     speeds: Sequence[Speed],
     findings: Sequence[Finding],
     written: str | None,
 ) -> None:
     out = console()
-    out.print(table_of_parts(seen, found))
+    out.print(table_of_parts(about))
     if enlarged:
-        table = Table("views", "px", "crops enlarged", "median", "95 %", "median crop, px")
-        for kind in enlarged:
-            factors = (f"x {kind.median:.2f}", f"x {kind.high:.2f}")
-            table.add_row(kind.kind, str(kind.size), f"{kind.share:.0%}", *factors, f"{kind.crop:.0f}")
-        out.print(table)
+        out.print(table_of_views(enlarged))
     if speeds:
-        table = Table("workers", "pictures/s", "first batch, s")
-        best = recommended(speeds)
-        for speed in speeds:
-            mark = " (use this)" if speed.workers == best else ""
-            table.add_row(f"{speed.workers}{mark}", f"{speed.pictures_per_s:,.0f}", f"{speed.first_batch_s:.1f}")
-        out.print(table)
+        out.print(table_of_speeds(speeds))
     for finding in findings:
         out.print(f"{finding.level:<8} {finding.text}", markup=False, highlight=False, soft_wrap=True)
     if not findings:
         out.print("nothing to mend")
     if written is not None:
         out.print(written, markup=False, highlight=False, soft_wrap=True)
-
-
-def table_of_parts(seen: dict[str, Examined], found: Repeats) -> Table:
-    columns = {name: rows_of(facts(name, part, found)) for name, part in seen.items()}
-    table = Table("", *seen)
-    for row in columns[TRAINING]:
-        table.add_row(row, *(column.get(row, "") for column in columns.values()))
-    return table
-
-
-def rows_of(known: dict[str, Any]) -> dict[str, str]:
-    """A part's facts as cells."""
-    rows = {"pictures": f"{known['pictures']:,}"}
-    for name in ("broken", "blank", "copies", "look_alikes"):
-        rows[name.replace("_", "-")] = f"{len(known[name]):,}"
-    rows["without colour"] = f"{known['grey']:,}"
-    for side in ("width", "height"):
-        low, middle, high = known[side] or ("", "", "")
-        rows[f"{side}, px"] = f"{low} to {high}, median {middle}" if known[side] else ""
-    for name in ("mean", "std"):
-        shown = [f"{value:.3f}" for value in known[name]]
-        rows[name] = " ".join(shown if len(shown) <= 4 else [*shown[:4], "..."])
-    if known["classes"]:
-        counts = Counter(known["classes"]).most_common()
-        (most, high), (least, low) = counts[0], counts[-1]
-        rows["classes"] = str(len(counts))
-        rows["largest class"] = f"{most} ({high:,})"
-        rows["smallest class"] = f"{least} ({low:,})"
-    else:
-        rows["classes"] = "no labels"
-    return rows
-
-
-def facts(name: str, part: Examined, found: Repeats) -> dict[str, Any]:
-    """Everything about a part, as plain data: broken pictures with the reason, repeated ones with what they repeat."""
-    records, source = part.records, part.source
-    sizes = part.sizes
-    copies = repeated(found.same[name])
-    alike = np.setdiff1d(repeated(found.alike[name]), copies)
-    labels = source.labels
-    content: dict[str, Any] = {
-        "pictures": len(part),
-        "broken": [{"picture": source.describe(row), "reason": part.reasons[row]} for row in sorted(part.reasons)],
-        "blank": part.names(np.flatnonzero(records["blank"]), len(records)),
-        "copies": with_first(part, copies, found.same[name]),
-        "look_alikes": with_first(part, alike, found.alike[name]),
-        "grey": int(records["grey"].sum()),
-        "mean": part.mean,
-        "std": part.std,
-        "classes": say.class_counts(part),
-        "unlabelled": len(part) if labels is None else int((labels == -1).sum()),
-    }
-    for axis, side in enumerate(("height", "width")):
-        spread = [int(value) for value in np.quantile(sizes[:, axis], [0, 0.5, 1])] if len(sizes) else None
-        content[side] = spread
-    if name != TRAINING:
-        content["in_training"] = part.names(shared(found.alike[name], found.alike[TRAINING]), len(records))
-    return content
-
-
-def with_first(part: Examined, rows: np.ndarray, groups: np.ndarray) -> list[dict[str, str]]:
-    first = {int(groups[row]): row for row in range(len(groups) - 1, -1, -1)} if len(rows) else {}
-    return [
-        {"picture": part.source.describe(row), "of": part.source.describe(first[int(groups[row])])}
-        for row in rows.tolist()
-    ]
-
-
-def write_list(file: str, parts: Sequence[tuple[Examined, np.ndarray]]) -> str:
-    """A list of the files that are readable, not blank and no repeats, with their classes, and a line that says so.
-
-    Parts come with the groups of what looks the same, (N,) each. Raises UserError where a picture is no file that a list
-    can name.
-    """
-    taken: set[int] = set()
-    lines = []
-    for part, groups in parts:
-        classes, labels = part.source.classes, part.source.labels
-        for row in np.setdiff1d(np.flatnonzero(groups >= 0), repeated(groups)).tolist():
-            if int(groups[row]) in taken:
-                continue
-            taken.add(int(groups[row]))
-            name = part.source.describe(row)
-            if not os.path.isfile(name) or not listable(name):
-                raise UserError(
-                    f"--out {file} lists files, and '{name}' is none that a line can name. Leave --out out."
-                )
-            label = -1 if labels is None else int(labels[row])
-            word = "" if label < 0 else f"\t{label if classes is None else classes[label]}"
-            lines.append(f"{os.path.abspath(name)}{word}\n")
-    if not lines:
-        raise UserError(f"--out {file}: no picture is left to list.")
-    Path(file).write_text("".join(lines), encoding="utf-8")
-    total = sum(len(part) for part, _ in parts)
-    return f"{len(lines):,} good pictures of {total:,} are listed in {file}: --data {file}"
-
-
-def listable(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return not any(letter in name for letter in "\t\n\r") and name == name.strip()

@@ -68,7 +68,7 @@ def parsed(
     from jsonargparse import ArgumentParser
 
     from datamodules.base import PictureData
-    from ssd.verbs.arguments import expand, import_choices
+    from ssd.verbs.arguments import expand, import_choices, spelled_out
     from ssd.verbs.settings import BadSetting, RaisesReports, setting_message
 
     class Parser(RaisesReports, ArgumentParser):
@@ -79,10 +79,14 @@ def parsed(
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(PictureData, "data")
     if own is None:
-        parser.add_argument("--views", type=str | Views, default="dino")
+        parser.add_argument("--views", type=str | Views)
+    first = {} if stored is None else {"data": stored}
     try:
-        only = ("data", "views") if own is None else None
-        config = parser.parse_args(expand(arguments, None if stored is None else {"data": stored}, only))
+        if own is None:
+            words = expand(arguments, first | {"views": spelled_out("dino")}, only=("data", "views"))
+        else:
+            words = expand(arguments, first)
+        config = parser.parse_args(words)
         if config.data is not None:
             for name, value in (own or {}).items():
                 config.data.init_args[name] = value

@@ -54,7 +54,7 @@ def options() -> argparse.ArgumentParser:
         description="Writes the first samples of a run as a PNG: each picture with its crops drawn in, then its views as "
         "the network gets them, and what masks hide. Of a checkpoint's own data and views, or of any.",
         epilog="--data takes a path, a class name or a data config, and --data.KEY VALUE its settings, as in ssd fit. "
-        "--views takes a recipe (default: dino), --views.KEY VALUE its settings; --config method/NAME those of a run.",
+        "--views takes a recipe (default: dino), and --views.KEY VALUE its settings; --config method/NAME takes those of a run.",
     )
     parser.add_argument(
         "file", nargs="?", metavar="CHECKPOINT", help="its views, normalisation and, without --data, data"

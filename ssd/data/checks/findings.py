@@ -8,6 +8,7 @@ import numpy as np
 from ssd.data.checks.crops import TINY, Enlargement, smallest_side
 from ssd.data.checks.examine import Examined
 from ssd.data.checks.repeats import Repeats, repeated, shared
+from ssd.data.sources import Source
 from ssd.views.view import Views
 
 STOP, WARNING, NOTE = "stop", "warning", "note"
@@ -49,7 +50,10 @@ def broken(part: str, seen: Examined, max_share: float) -> list[Finding]:
     rows = sorted(seen.reasons)
     shown = "; ".join(f"{seen.source.describe(row)}: {seen.reasons[row]}" for row in rows[:SHOWN])
     if count == total:
-        text = f"none of the {total:,} {part} pictures can be read: {shown}. Are they pictures, with data.channels channels?"
+        text = (
+            f"none of the {total:,} {part} pictures can be read: {shown}. Are they pictures, with as many channels as "
+            "data.channels?"
+        )
         return [Finding(STOP, "broken", text)]
     first = f"{of(count, total)} {part} pictures cannot be read"
     if count > max_share * total:
@@ -115,15 +119,15 @@ def grey(seen: Examined) -> list[Finding]:
     return [Finding(NOTE, "grey", f"{text}: they have three equal channels. Nothing has to be done.")]
 
 
-def classes(seen: Examined) -> list[Finding]:
+def classes(source: Source) -> list[Finding]:
     """How evenly labelled pictures are spread over classes, and how many have none."""
-    counts = class_counts(seen)
-    if counts is None:
+    counts = class_counts(source)
+    if counts is None or source.labels is None:
         return []
     findings = []
-    unlabelled = int((seen.source.labels == -1).sum()) if seen.source.labels is not None else 0
+    unlabelled = int((source.labels == -1).sum())
     if unlabelled:
-        text = f"{of(unlabelled, len(seen))} pictures have no label. They are trained on, and not evaluated."
+        text = f"{of(unlabelled, len(source))} pictures have no label. They are trained on, and not evaluated."
         findings.append(Finding(NOTE, "classes", text))
     empty = [name for name, count in counts.items() if not count]
     if empty:
@@ -143,12 +147,12 @@ def classes(seen: Examined) -> list[Finding]:
     return findings
 
 
-def class_counts(seen: Examined) -> dict[str, int] | None:
+def class_counts(source: Source) -> dict[str, int] | None:
     """Pictures of each class by name, those of none left out; None where there are no labels."""
-    labels = seen.source.labels
+    labels = source.labels
     if labels is None or not (labels >= 0).any():
         return None
-    names = seen.source.classes
+    names = source.classes
     counts = np.bincount(labels[labels >= 0], minlength=0 if names is None else len(names))
     if names is None:
         # plain numbers: one that never occurs is no class

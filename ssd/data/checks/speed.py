@@ -1,7 +1,7 @@
 """How fast a loader gives pictures, and with how many workers."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ def measure(loader_of: Callable[[int], Any], counts: Sequence[int], seconds: flo
     return found
 
 
-def endless(loader: Any) -> Iterator[Any]:
+def endless(loader: Any) -> Generator[Any, None, None]:
     while True:
         yield from loader
 
