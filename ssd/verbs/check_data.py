@@ -1,6 +1,7 @@
 """`ssd check-data PATH`: what a run would make of this data, before anything is spent on it."""
 
 import argparse
+import logging
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -175,6 +176,9 @@ def try_loading(data: Any, views: Views, training: Examined, wanted_s: float) ->
         data.num_workers = workers
         return data.train_dataloader()
 
+    named = logging.getLogger(BrokenPictures.__module__)
+    level = named.level
+    named.setLevel(logging.ERROR)  # each broken picture is in the findings
     try:
         data.prepare(views)
         for loader in data.val_dataloader():
@@ -185,6 +189,8 @@ def try_loading(data: Any, views: Views, training: Examined, wanted_s: float) ->
         return measure(loader_of, worker_counts(cores()), wanted_s), []
     except UserError as error:
         return [], [Finding(STOP, "run", str(error))]
+    finally:
+        named.setLevel(level)
 
 
 # ---------------------------------------------------------------------- telling

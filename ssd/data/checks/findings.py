@@ -14,6 +14,7 @@ from ssd.views.view import Views
 STOP, WARNING, NOTE = "stop", "warning", "note"
 LEVELS = (STOP, WARNING, NOTE)
 SHOWN = 3  # examples in a sentence
+ENLARGED, BLOWN_UP = 1.25, 2.0  # medians from which crops are worth a note, and a warning
 UNEVEN = 10  # times as many pictures in the largest class as in the smallest
 
 
@@ -97,14 +98,14 @@ def crops(found: Sequence[Enlargement]) -> list[Finding]:
     """What the views make of pictures of these sizes, in words."""
     findings = []
     for kind in found:
-        if kind.median <= 1:
+        if kind.median < ENLARGED:
             continue
         text = (
             f"{kind.share:.0%} of the {kind.kind} crops are enlarged to {kind.size} px, {kind.median:.1f}-fold at the "
             f"median and more than {kind.high:.1f}-fold in one of twenty. {kind.kind.capitalize()} views of about "
             f"{max(8, round(kind.crop / 8) * 8)} px would cost less and show as much."
         )
-        findings.append(Finding(WARNING if kind.median > 2 else NOTE, "crops", text))
+        findings.append(Finding(WARNING if kind.median > BLOWN_UP else NOTE, "crops", text))
     return findings
 
 
