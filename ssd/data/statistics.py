@@ -57,8 +57,9 @@ def thinned(picture: np.ndarray) -> np.ndarray:
 
 def moments(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means of values and of their squares, (C,) float64 each. Pixels (P, C) uint8"""
-    values = pixels.astype(np.float32)
-    return values.mean(0, dtype=np.float64), np.square(values).mean(0, dtype=np.float64)
+    # channel by channel, which is several times faster; sums of whole numbers are exact in any order
+    values = np.ascontiguousarray(pixels.T).astype(np.float32)
+    return values.mean(1, dtype=np.float64), np.square(values).mean(1, dtype=np.float64)
 
 
 def normalisation(mean: np.ndarray, square: np.ndarray) -> tuple[list[float], list[float]]:

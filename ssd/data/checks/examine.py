@@ -165,11 +165,20 @@ def note(picture: np.ndarray, record: np.void) -> tuple[np.ndarray, np.ndarray]:
     record["readable"] = True
     # all pixels only where some of them say so
     record["blank"] = flat(some) and flat(picture.reshape(-1, picture.shape[2]))
-    record["grey"] = picture.shape[2] == 3 and np.ptp(some, axis=1).max() <= COLOURLESS
+    record["grey"] = picture.shape[2] == 3 and colourless(some)
     record["pixels"], record["seen"] = pixel_hash(picture), perceptual_hash(small)
     record["thumbnail"] = thumbnail(small)
     return moments(some)
 
 
 def flat(pixels: np.ndarray) -> bool:
-    return bool(np.ptp(pixels, axis=0).max() <= FLAT)
+    """Whether each channel of (P, C) has about one value."""
+    return all(int(channel.max()) - int(channel.min()) <= FLAT for channel in pixels.T)
+
+
+def colourless(pixels: np.ndarray) -> bool:
+    """Whether the channels of (P, 3) are about equal in each pixel."""
+    red, green, blue = pixels.T.astype(np.int16)
+    return all(
+        int(np.abs(one - other).max()) <= COLOURLESS for one, other in ((red, green), (green, blue), (red, blue))
+    )
