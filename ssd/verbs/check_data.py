@@ -181,6 +181,7 @@ def try_loading(data: Any, views: Views, training: Examined, wanted_s: float) ->
     named.setLevel(logging.ERROR)  # each broken picture is in the findings
     try:
         data.prepare(views)
+        data.num_workers = 0
         for loader in data.val_dataloader():
             next(iter(loader))
         if not wanted_s:

@@ -1,11 +1,13 @@
 """`ssd look --data PATH --views RECIPE`: what a network will be shown, as a picture."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ssd.data.dataset import TrainingPictures
 from ssd.errors import UserError
+from ssd.record import build
 from ssd.summary import check_json, check_writable, console, write_json
 from ssd.verbs.arguments import Parser, at_least_one, split_data
 from ssd.verbs.loading import load_data, typed_data
@@ -52,7 +54,7 @@ def options() -> argparse.ArgumentParser:
     parser = Parser(
         prog="ssd look",
         description="Writes the first samples of a run as a PNG: each picture with its crops drawn in, then its views as "
-        "the network gets them, and what masks hide. Of a checkpoint's own data and views, or of any.",
+        "the network gets them, and of a checkpoint whose method masks what is hidden.",
         epilog="--data takes a path, a class name or a data config, and --data.KEY VALUE its settings, as in ssd fit. "
         "--views takes a recipe (default: dino), and --views.KEY VALUE its settings; --config method/NAME takes those of a run.",
     )
@@ -74,7 +76,10 @@ def options() -> argparse.ArgumentParser:
 
 
 def data_of(checkpoint: str | None, chosen: list[str]) -> Any:
-    """The data, prepared with its views. Raises UserError where views are given beside a checkpoint."""
+    """The data, prepared with its views, and with the masks of a checkpoint's method.
+
+    Raises UserError where views are given beside a checkpoint.
+    """
     if checkpoint is None:
         data, views = typed_data(chosen, "look")
         # taken out again on the sheet, so that nothing has to be measured
@@ -85,4 +90,8 @@ def data_of(checkpoint: str | None, chosen: list[str]) -> Any:
         raise UserError(
             "--views is the checkpoint's own, as in its training. Leave it out, or leave the checkpoint out."
         )
-    return load_data(chosen, read_checkpoint(checkpoint)["ssd"], "look")
+    about = read_checkpoint(checkpoint)["ssd"]
+    data = load_data(chosen, about, "look")
+    # the grid of tokens is the network's; the slices of a step are none of a sheet's
+    data.masks = {name: replace(plan, slices=1) for name, plan in build(about["method"]).mask_plans().items()}
+    return data

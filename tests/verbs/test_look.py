@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from datamodules.images import Images
+from lightning_modules.dino import DINO
+from ssd.masking.recipes import RandomMasks
 from ssd.views.parameters import draw
 from ssd.views.recipes import RECIPES
 from tests.data.files import class_folders
@@ -49,6 +51,21 @@ def test_a_checkpoint_shows_its_own_data_and_views(run, tmp_path):
     page = np.array(Image.open(tmp_path / "own.png"))
     cells = page[22:-6, 6 + 166 : 6 + 166 + 160]
     assert (np.ptp(cells.reshape(-1, 3), axis=1) == 0).all() and cells.std() > 10, "grey digits are shown grey"
+
+
+def test_what_a_checkpoints_method_masks_is_greyed_out(run, tmp_path, monkeypatch):
+    """The run's network has one token for a view of 16 px, which a mask of a half hides."""
+    sheets = []
+    for masking in ({}, {"global": RandomMasks(0.5)}):
+        monkeypatch.setattr(DINO, "masking", masking)
+        assert typed("look", run.last, "--out", tmp_path / "a.png", "--samples", 2, "--cell", 16).status == 0
+        page = np.array(Image.open(tmp_path / "a.png")).astype(float)
+        sheets.append(page[22 : 22 + 16])
+    plain, masked = sheets
+    for column in (1, 2):
+        cell = slice(6 + column * 22, 22 + column * 22)
+        np.testing.assert_allclose(masked[:, cell], 0.15 * plain[:, cell] + 0.85 * 128, atol=0.51)
+    assert np.array_equal(masked[:, 6:22], plain[:, 6:22]), "the original is shown whole"
 
 
 def test_a_checkpoint_looks_at_other_data(run, folder, tmp_path):
