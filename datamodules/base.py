@@ -159,6 +159,14 @@ class PictureData(Recorded, pl.LightningDataModule):
         """What is trained on."""
         return self._parts[0]
 
+    def parts(self) -> dict[str, Source]:
+        """ "training", and "held-out" where evaluation has samples of its own. Raises UserError where they do not fit."""
+        training, bank, queries = self._parts
+        everything, separate = self._sources
+        if separate is not None and everything.labels is None:
+            return {"training": training, "held-out": separate}
+        return {"training": training} if bank is None else {"training": training, "held-out": queries}
+
     @property
     def classes(self) -> list[str] | None:
         """Names of the classes, None where there are no labels or they are plain numbers."""

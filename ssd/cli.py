@@ -25,6 +25,8 @@ LIGHTNING_VERBS = {
     "predict": "embeddings of all pictures, as a NumPy file",
 }
 OWN_VERBS = {
+    "check-data": "look at every picture before a run does: broken, repeated, tiny, leaked; loader speed",
+    "look": "write the views of some samples, and what masks hide, as a PNG",
     "probe": "judge a checkpoint's frozen features: kNN, linear, few labels",
     "export": "write the backbone for timm or as safetensors, and prove it",
     "methods": "list the methods with their papers and configs",
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings_for_people():
             if verb in OWN_VERBS:
-                return importlib.import_module(f"ssd.verbs.{verb}").run(rest) or 0
+                return importlib.import_module(f"ssd.verbs.{verb.replace('-', '_')}").run(rest) or 0
             if verb in LIGHTNING_VERBS:
                 return run_lightning(verb, rest)
             raise UserError(unknown_verb(verb))

@@ -39,7 +39,11 @@ def print_facts(out: Console, facts: dict[str, str]) -> None:
 
 
 def check_json(file: str | Path | None) -> None:
-    """Raises UserError where numbers could not be written in the end, before anything is spent."""
+    check_writable("--json", file)
+
+
+def check_writable(option: str, file: str | Path | None) -> None:
+    """Raises UserError where an option's file could not be written in the end, before anything is spent."""
     if file is None:
         return
     path = Path(file)
@@ -51,7 +55,7 @@ def check_json(file: str | Path | None) -> None:
         if not there:
             path.unlink()
     except OSError as error:
-        raise UserError(f"--json {file} cannot be written ({error.strerror}). Give the name of a file.") from None
+        raise UserError(f"{option} {file} cannot be written ({error.strerror}). Give the name of a file.") from None
 
 
 def write_json(file: str | Path | None, content: Any) -> None:

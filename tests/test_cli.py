@@ -91,7 +91,9 @@ def test_the_command_alone_lists_verbs_and_configs_and_loads_no_torch():
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict", "probe", "export", "methods", "verify"])
+@pytest.mark.parametrize(
+    "verb", ["fit", "validate", "test", "predict", "probe", "export", "methods", "verify", "check-data", "look"]
+)
 def test_every_verb_explains_itself(verb, capsys):
     assert main([verb, "--help"]) == 0
     said = capsys.readouterr()

@@ -118,9 +118,9 @@ def picture_files(root: str) -> Iterator[str]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                if leads_to_folder(entry):
                     folders.append(os.path.join(folder, entry.name))
-                elif entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or entry.is_symlink()):
+                elif entry.name.lower().endswith(SUFFIXES) and (entry.is_symlink() or entry.is_file()):
                     files.append(os.path.join(folder, entry.name))
         yield from sorted(files)
         for below in sorted(folders):
@@ -130,6 +130,14 @@ def picture_files(root: str) -> Iterator[str]:
         yield from walk("")
     except PermissionError as error:
         raise UserError(f"folder '{error.filename}' may not be read. Change its permissions or move it away.") from None
+
+
+def leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    """Also over a link; links that lead to each other lead nowhere."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def classes_of_folders(

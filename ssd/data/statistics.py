@@ -40,17 +40,32 @@ def survey(pictures: Pictures, broken: BrokenPictures, count: int = NUM_SURVEYED
         except UNREADABLE as error:
             broken.add(index, error)
             continue
-        height, width, _ = picture.shape
         sizes.append(picture.nbytes)
-        thin = picture[:: max(1, height // SIDE), :: max(1, width // SIDE)].reshape(-1, picture.shape[2])
-        values = thin.astype(np.float32)
-        means.append(values.mean(0, dtype=np.float64))
-        squares.append(np.square(values).mean(0, dtype=np.float64))
+        first, second = moments(thinned(picture))
+        means.append(first)
+        squares.append(second)
     if not means:
         return survey(pictures, broken, count=len(pictures))
-    mean = np.mean(means, 0)
-    variance = np.maximum(np.mean(squares, 0) - mean**2, 1.0)  # a blank channel: one grey level
-    return Survey((mean / 255).tolist(), (np.sqrt(variance) / 255).tolist(), float(np.mean(sizes)))
+    return Survey(*normalisation(np.mean(means, 0), np.mean(squares, 0)), float(np.mean(sizes)))
+
+
+def thinned(picture: np.ndarray) -> np.ndarray:
+    """(H, W, C) -> some of its pixels, (P, C): about 64 x 64, spread evenly."""
+    height, width, channels = picture.shape
+    return picture[:: max(1, height // SIDE), :: max(1, width // SIDE)].reshape(-1, channels)
+
+
+def moments(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means of values and of their squares, (C,) float64 each. Pixels (P, C) uint8"""
+    # channel by channel, which is several times faster; sums of whole numbers are exact in any order
+    values = np.ascontiguousarray(pixels.T).astype(np.float32)
+    return values.mean(1, dtype=np.float64), np.square(values).mean(1, dtype=np.float64)
+
+
+def normalisation(mean: np.ndarray, square: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel in [0, 1], from the moments of values up to 255."""
+    variance = np.maximum(square - mean**2, 1.0)  # a blank channel: one grey level
+    return (mean / 255).tolist(), (np.sqrt(variance) / 255).tolist()
 
 
 def measured_levels(source: Source, channels: int, broken: BrokenPictures) -> Levels | None:

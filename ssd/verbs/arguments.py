@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import os
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,7 +57,7 @@ def subclasses(cls: type) -> list[type]:
 # ---------------------------------------------------------------------- configs and data
 
 
-def expand(argv: list[str], stored: Mapping[str, Any] | None = None) -> list[str]:
+def expand(argv: list[str], stored: Mapping[str, Any] | None = None, only: Sequence[str] | None = None) -> list[str]:
     """Arguments for the parser: what is stored, then the data, then everything else in the order it was typed.
 
     `--data` chooses data anew: what configs say of other data is left out. What a config says of the data
@@ -65,13 +65,14 @@ def expand(argv: list[str], stored: Mapping[str, Any] | None = None) -> list[str
 
     Args:
         stored: config of a checkpoint, which everything typed overrides.
+        only: sections that count of configs of whole runs, null = all; "views" are those of the method.
     """
     chosen: list[str] | None = None
     typed: list[str | Path] = []
     words = iter(argv)
     for word in words:
         option, equals, value = word.partition("=")
-        if option not in ("--config", "-c", "--data"):
+        if option not in ("--config", "-c", "--data", "--views"):
             typed.append(word)
             continue
         if not equals:
@@ -80,14 +81,43 @@ def expand(argv: list[str], stored: Mapping[str, Any] | None = None) -> list[str
             raise UserError(f"{option} needs a value.")
         if option == "--data":
             chosen = data_arguments(value)
+        elif option == "--views":
+            views = spelled_out(value)
+            typed += ["--views", views] if views is value else ["--config", yaml.safe_dump({"views": views})]
         else:
             typed.append(config_file(value))
 
     expanded = [] if stored is None else config_arguments(stored, None, chosen)
     expanded += chosen or []
     for entry in typed:
-        expanded += config_arguments(read_config(entry), entry, chosen) if isinstance(entry, Path) else [entry]
+        if not isinstance(entry, Path):
+            expanded.append(entry)
+        elif only is None:
+            expanded += config_arguments(read_config(entry), entry, chosen)
+        else:
+            expanded += config_arguments(sections_of(read_config(entry), only), None, chosen)
     return expanded
+
+
+def sections_of(config: Mapping[str, Any], only: Sequence[str]) -> dict[str, Any]:
+    """Of a config what a verb needs that does not train: some sections, and the method's views as one of them."""
+    method = config.get("model")
+    views = (method.get("init_args") or {}).get("views") if isinstance(method, Mapping) else None
+    found = {**config, **({} if views is None else {"views": spelled_out(views)})}
+    return {key: value for key, value in found.items() if key in only}
+
+
+def spelled_out(views: Any) -> Any:
+    """The settings of a recipe that is named, so that some of them can be typed; anything else as it is."""
+    from ssd.record import describe
+    from ssd.views.recipes import RECIPES
+
+    if not isinstance(views, str) or views not in RECIPES:
+        return views
+    record = describe(RECIPES[views])
+    if record["init_args"]["evaluation_size"] == RECIPES[views].image_size:
+        record["init_args"]["evaluation_size"] = None  # follows the views
+    return record
 
 
 def config_arguments(config: Mapping[str, Any], path: Path | None, chosen: list[str] | None) -> list[str]:
@@ -160,13 +190,13 @@ def is_class_path(text: str) -> bool:
 
 
 def split_data(argv: list[str]) -> tuple[list[str], list[str]]:
-    """What is typed for a verb of our own: its options, and those that say which data."""
+    """What is typed for a verb of our own: its options, and those that say which data and views."""
     own: list[str] = []
     data: list[str] = []
     words = iter(argv)
     for word in words:
         option, equals, _ = word.partition("=")
-        if option in ("--data", "--config", "-c") or option.startswith("--data."):
+        if option in ("--data", "--views", "--config", "-c") or option.startswith(("--data.", "--views.")):
             value = None if equals else next(words, None)
             data += [word] if value is None else [word, value]
         else:

@@ -5,6 +5,8 @@ from typing import Any
 
 from ssd.errors import UserError
 from ssd.record import build
+from ssd.views.recipes import views_named
+from ssd.views.view import Views
 from ssd.weights.checkpoint import read_checkpoint, strict_load
 
 
@@ -24,34 +26,71 @@ def load_data(arguments: list[str], about: dict[str, Any], verb: str) -> Any:
 
     Views, channels and normalisation are the checkpoint's, whatever the data is.
     """
+    for word in arguments:
+        key = word.partition("=")[0]
+        if key in ("--data.channels", "--data.normalize", "--data.value_range"):
+            raise UserError(f"{key} is the checkpoint's own, as in its training. Leave it out.")
+    own = {
+        "channels": about["channels"],
+        "normalize": {"mean": about["mean"], "std": about["std"]},
+        "value_range": about["value_range"],
+    }
+    data, _ = parsed(arguments, verb, stored=about.get("data"), own=own)
+    if data is None:
+        raise UserError(f"the checkpoint does not say which data it learned from. ssd {verb} needs --data.")
+    data.prepare(build(about["views"]))
+    return data
+
+
+def typed_data(arguments: list[str], verb: str) -> tuple[Any, Views]:
+    """The datamodule that `--data ...` and configs name, not prepared, and the views that `--views ...` names.
+
+    Without `--views` those of the method in a config, or else dino's.
+    """
+    data, views = parsed(arguments, verb)
+    if data is None:
+        raise UserError(
+            f"ssd {verb} needs data: --data takes a folder of pictures, a list, a Parquet file, any other path that ssd "
+            "fit takes, a class or a data config."
+        )
+    return data, views_named(views)
+
+
+def parsed(
+    arguments: list[str], verb: str, stored: dict[str, Any] | None = None, own: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
+    """Datamodule and views, None and the name of a recipe where they are not given.
+
+    Args:
+        stored: record of data that is used where none is typed.
+        own: settings of the data that count whatever is typed.
+    """
     from jsonargparse import ArgumentParser
 
     from datamodules.base import PictureData
-    from ssd.verbs.arguments import expand, import_choices
+    from ssd.verbs.arguments import expand, import_choices, spelled_out
     from ssd.verbs.settings import BadSetting, RaisesReports, setting_message
 
     class Parser(RaisesReports, ArgumentParser):
         """jsonargparse's, with our messages."""
 
-    for word in arguments:
-        key = word.partition("=")[0]
-        if key in ("--data.channels", "--data.normalize", "--data.value_range"):
-            raise UserError(f"{key} is the checkpoint's own, as in its training. Leave it out.")
     import_choices()
     parser = Parser(prog=f"ssd {verb}")
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(PictureData, "data")
-    stored = about.get("data")
+    if own is None:
+        parser.add_argument("--views", type=str | Views)
+    first = {} if stored is None else {"data": stored}
     try:
-        config = parser.parse_args(expand(arguments, None if stored is None else {"data": stored}))
-        if config.data is None:
-            raise UserError(f"the checkpoint does not say which data it learned from. ssd {verb} needs --data.")
-        settings = config.data.init_args
-        settings.channels = about["channels"]
-        settings.normalize = {"mean": about["mean"], "std": about["std"]}
-        settings.value_range = about["value_range"]
-        data = parser.instantiate_classes(config).data
+        if own is None:
+            words = expand(arguments, first | {"views": spelled_out("dino")}, only=("data", "views"))
+        else:
+            words = expand(arguments, first)
+        config = parser.parse_args(words)
+        if config.data is not None:
+            for name, value in (own or {}).items():
+                config.data.init_args[name] = value
+        made = parser.instantiate_classes(config)
     except BadSetting as error:
         raise UserError(setting_message(str(error), verb)) from None
-    data.prepare(build(about["views"]))
-    return data
+    return made.data, made.get("views")

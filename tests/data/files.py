@@ -7,10 +7,13 @@ import numpy as np
 from PIL import Image
 
 
-def scene(height: int = 24, width: int = 32, seed: int = 0) -> np.ndarray:
-    """A smooth picture, (H, W, 3) uint8, another for each seed: JPEG keeps it to a few grey levels."""
+def scene(height: int = 24, width: int = 32, seed: int = 0, detail: int = 1) -> np.ndarray:
+    """A smooth picture, (H, W, 3) uint8, another for each seed: JPEG keeps it to a few grey levels.
+
+    Made of 3 x 4 patches of colour, or `detail` times as many each way.
+    """
     rng = np.random.default_rng(seed)
-    low = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8))
+    low = Image.fromarray(rng.integers(0, 256, (3 * detail, 4 * detail, 3), np.uint8))
     return np.array(low.resize((width, height), Image.Resampling.BICUBIC))
 
 
