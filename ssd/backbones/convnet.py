@@ -10,6 +10,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from ssd.backbones.base import Backbone, create, say_padding, tap_names
+from ssd.backbones.fused import fuse
 from ssd.batch import Tokens
 from ssd.errors import UserError
 
@@ -58,6 +59,7 @@ class ConvNet(Backbone):
         self.edits: list[str] = []
         if small_stem:
             self.edits = shrink_stem(model, name, in_chans)
+        fuse(model)
         self.model = model
         if model.pretrained_cfg.get("fixed_input_size"):
             # spelled out, because windows are laid out for it: what the name implies is lost in an exported folder
