@@ -15,7 +15,7 @@ from ssd.batch import Batch
 from ssd.data.broken import UNREADABLE, BrokenPictures
 from ssd.data.cache import Pictures
 from ssd.data.parcel import Parcel
-from ssd.data.sampler import permutation
+from ssd.data.sampler import Draws
 from ssd.errors import UserError
 from ssd.masking.batch import MaskPlan
 from ssd.views import photometry
@@ -43,30 +43,34 @@ class Samples:
 class TrainingPictures(Dataset[Samples]):
     """Views of the pictures at places `(epoch, index)`, drawn for (seed, epoch, index) and nothing else.
 
+    A place with a third number is a sample that the epoch has drawn so many times before, and gets other views.
     In place of a broken picture stands the next readable one in the epoch's order, in views drawn for
     the place of the broken one: it may be in the same batch in its own place too, and is not a copy of
     that sample then. `Samples.index` names the pictures that are seen.
     """
 
-    def __init__(self, pictures: Pictures, views: Views, broken: BrokenPictures, *, seed: int):
+    def __init__(
+        self, pictures: Pictures, views: Views, broken: BrokenPictures, *, seed: int, draws: Draws | None = None
+    ):
         self.pictures, self.views, self.broken, self.seed = pictures, views, broken, seed
+        self.draws = draws or Draws(len(pictures))
 
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, place: tuple[int, int]) -> Samples:
+    def __getitem__(self, place: tuple[int, ...]) -> Samples:
         """A batch of one. Raises UserError when more pictures are broken than may be."""
         return self.__getitems__([place])
 
-    def __getitems__(self, places: Sequence[tuple[int, int]]) -> Samples:
+    def __getitems__(self, places: Sequence[tuple[int, ...]]) -> Samples:
         """A batch, all views in one block a kind. Raises as `__getitem__`."""
         room = empty_views(self.views, len(places), self.pictures.channels)
         draws = ViewDraws(self.views, [(self.seed, *place) for place in places])
         seen: list[int] = []
         boxes: list[dict[str, np.ndarray]] = []
         waiting: list[np.ndarray] = []
-        for number, (epoch, index) in enumerate(places, start=1):
-            found, picture = self._readable(epoch, index)
+        for number, place in enumerate(places, start=1):
+            found, picture = self._readable(*place)
             seen.append(found)
             waiting.append(picture)
             if number < len(places) and sum(picture.nbytes for picture in waiting) < CHUNK_BYTES:
@@ -86,19 +90,20 @@ class TrainingPictures(Dataset[Samples]):
             getattr(places, "step", 0),
         )
 
-    def _readable(self, epoch: int, index: int) -> tuple[int, np.ndarray]:
+    def _readable(self, epoch: int, index: int, turn: int = 0) -> tuple[int, np.ndarray]:
         try:
             return index, self.pictures[index]
         except UNREADABLE as error:
             self.broken.add(index, error)
-        order = permutation(len(self), self.seed, epoch)
-        at = int(np.flatnonzero(order == index)[0])
-        for candidate in np.roll(order, -at)[1:].tolist():
+        for candidate in self.draws.following(self.seed, epoch, index, turn).tolist():
             try:
                 return candidate, self.pictures[candidate]
             except UNREADABLE as error:
                 self.broken.add(candidate, error)
-        raise AssertionError("the count of broken pictures stops the run before all of them are")
+        raise UserError(
+            "none of the pictures that this epoch draws can be read. Mend or remove the ones that were named, or draw more "
+            "of the data (data.sampling)."
+        )
 
 
 @dataclass(frozen=True)
