@@ -21,15 +21,18 @@ from ssd.data.dataset import (
     TrainingPictures,
     start_worker,
 )
+from ssd.data.groups import split
 from ssd.data.parcel import Packed
 from ssd.data.pictures import Levels
-from ssd.data.sampler import EpochSampler
-from ssd.data.sources import Renamed, Source, Subset, held_out, limited
+from ssd.data.sampler import Draws, EpochSampler
+from ssd.data.sampling import Sampling, draws_of, order_cost
+from ssd.data.sources import Renamed, Source, Subset, limited
 from ssd.data.statistics import NUM_SURVEYED, measured_levels, survey
 from ssd.errors import UserError
 from ssd.masking.batch import MaskPlan
 from ssd.native import views as native
 from ssd.record import Recorded
+from ssd.summary import console, print_facts
 from ssd.views import photometry
 from ssd.views.recipes import views_named
 from ssd.views.view import Views
@@ -56,6 +59,8 @@ class PictureData(Recorded, pl.LightningDataModule):
             each channel on up to 200 pictures, or [black, white], each a number or one for each channel.
         max_broken_share: share of pictures that may be broken before the run stops, in [0, 1].
         val_share: of labelled data without a held-out part of its own, the share that is held out; 0 = none.
+        sampling: which samples an epoch draws: Fraction (a share, another one each time), Balanced (over clusters that
+            `ssd curate` wrote) or Weighted (by the weights of a mixture); null = every sample once, or by the weights.
         limit: train on only so many samples, the first of a fixed shuffle.
         evaluation_limit: at most so many training samples stand in the online evaluation's bank; null = all.
         cache: keep decoded pictures in memory; "auto" = when all of them take less than 1 GiB.
@@ -75,6 +80,7 @@ class PictureData(Recorded, pl.LightningDataModule):
         value_range: str | list[Any] = "type",
         max_broken_share: float = 0.01,
         val_share: float = 0.1,
+        sampling: Sampling | None = None,
         limit: int | None = None,
         evaluation_limit: int | None = 10_000,
         cache: bool | str = "auto",
@@ -106,6 +112,7 @@ class PictureData(Recorded, pl.LightningDataModule):
         self.levels = given_levels(value_range)
         self.max_broken_share = max_broken_share
         self.val_share = val_share
+        self.sampling = sampling
         self.limit = limit
         self.evaluation_limit = evaluation_limit
         self.cache = cache
@@ -136,23 +143,33 @@ class PictureData(Recorded, pl.LightningDataModule):
         if separate is not None and separate.labels is not None:
             if everything.labels is None:
                 # labels only in the held-out part: one half of it is the bank of the other
-                bank, queries = held_out(len(separate), 0.5)
+                bank, queries = split(separate, 0.5)
                 return limited(everything, self.limit), Subset(separate, bank), Subset(separate, queries)
             if everything.classes is not None and separate.classes is not None:
                 separate = Renamed(separate, everything.classes)
             training = limited(everything, self.limit)
-            return training, training, separate
+            return training, labelled(training), labelled(separate)
         if separate is not None and everything.labels is not None:
             raise UserError(
                 "the training data has labels and the held-out data (val_path) has none. Leave val_path out, so that "
                 "a part of the training data is held out, or give the held-out pictures labels."
             )
         if everything.labels is not None and self.val_share > 0 and len(everything) > 1:
-            rows, held = held_out(len(everything), self.val_share)
+            rows, held = split(everything, self.val_share)
             training = limited(Subset(everything, rows), self.limit)
-            return training, training, Subset(everything, held)
+            return training, labelled(training), labelled(Subset(everything, held))
         training = limited(everything, self.limit)
         return training, None, limited(training if separate is None else separate, self.evaluation_limit)
+
+    @cached_property
+    def draws(self) -> Draws:
+        """Which samples of `source` an epoch draws. Raises UserError where `sampling` does not fit them."""
+        return draws_of(self.source, self.sampling)
+
+    @property
+    def everything(self) -> Source:
+        """All of the training data's path, held out or not, in its own order."""
+        return self._sources[0]
 
     @property
     def source(self) -> Source:
@@ -187,9 +204,15 @@ class PictureData(Recorded, pl.LightningDataModule):
         """Of what is trained on: its names or footers and the choice of samples."""
         return self.source.fingerprint()
 
+    @cached_property
+    def drawn(self) -> str | None:
+        """What an epoch draws and leaves out, in words; None where it draws every sample once."""
+        return None if type(self.draws) is Draws else str(self.draws)
+
     def describe_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data."""
         return {
+            **({} if self.drawn is None else {"sampling": self.drawn}),
             "mean": self.mean,
             "std": self.std,
             "value_range": "type" if self.levels is None else [list(self.levels.low), list(self.levels.high)],
@@ -214,6 +237,8 @@ class PictureData(Recorded, pl.LightningDataModule):
             )
         module = trainer.lightning_module
         self.prepare(module.views, module.mask_plans() if hasattr(module, "mask_plans") else None)
+        if stage == "fit" and self.drawn is not None and trainer.global_rank == 0:
+            print_facts(console(), {"sampling": f"{self.drawn}; {order_cost(self.draws, self.seed)}"})
 
     def prepare(self, views: str | Views, masks: Mapping[str, MaskPlan] | None = None) -> None:
         """Opens the data and measures it. Raises UserError where it cannot be used.
@@ -247,6 +272,7 @@ class PictureData(Recorded, pl.LightningDataModule):
 
     def train_dataloader(self) -> PictureLoader:
         dataset = self._prepared()
+        dataset.draws = self.draws
         rank, world = self._place()
         sampler = EpochSampler(
             len(dataset),
@@ -254,8 +280,9 @@ class PictureData(Recorded, pl.LightningDataModule):
             rank=rank,
             world=world,
             seed=self.seed,
-            steps_per_epoch=self._steps_per_epoch(len(dataset) // (self.batch_size * world)),
+            steps_per_epoch=self._steps_per_epoch(self.draws.size // (self.batch_size * world)),
             steps_done=self._steps_done,
+            draws=self.draws,
         )
         collate = Collate(
             self.batch_size * world,
@@ -285,8 +312,7 @@ class PictureData(Recorded, pl.LightningDataModule):
     def predict_dataloader(self) -> PictureLoader:
         """Every sample of the training data's path in its own order, held out or not."""
         self._prepared()
-        everything, _ = self._sources
-        return self._evaluation_loader(everything)
+        return self._evaluation_loader(self.everything)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """What the workers left to the device: photometry, or normalisation alone."""
@@ -365,6 +391,13 @@ class PictureData(Recorded, pl.LightningDataModule):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores //= processes
         return min(16, max(1, cores - 1)) if self._device_type() != "cpu" else min(4, cores // 4)
+
+
+def labelled(source: Source) -> Source:
+    """The samples that have a label, of a source with labels."""
+    assert source.labels is not None
+    rows = np.flatnonzero(source.labels >= 0)
+    return source if len(rows) == len(source) else Subset(source, rows)
 
 
 def choose(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -26,7 +26,7 @@ from ssd.resume import (
 from ssd.schedules import Schedule, value_at
 from ssd.step import NORMALISATIONS, Step, StepReport
 
-SEEN = ("views", "fingerprint", "mean", "std", "value_range", "channels", "seed")
+SEEN = ("views", "fingerprint", "sampling", "mean", "std", "value_range", "channels", "seed")
 """Of what a checkpoint says of views and data that which decides what a step sees."""
 
 

@@ -28,6 +28,8 @@ OWN_VERBS = {
     "check-data": "look at every picture before a run does: broken, repeated, tiny, leaked; loader speed",
     "look": "write the views of some samples, and what masks hide, as a PNG",
     "probe": "judge a checkpoint's frozen features: kNN, linear, few labels",
+    "curate": "cluster the features of a data set, to draw from all of it alike",
+    "manifest": "write a table of a data set's files: labels, groups, sizes, lengths",
     "export": "write the backbone for timm or as safetensors, and prove it",
     "methods": "list the methods with their papers and configs",
     "verify": "prove on this machine that resume is exact",
@@ -301,8 +303,11 @@ def command_class():
             if data.get("seed") == 0 and isinstance(config.seed_everything, int):
                 data.seed = config.seed_everything
             for key in ("path", "val_path"):
-                if isinstance(data.get(key), str):
+                if data.get(key) is not None:
                     data[key] = from_anywhere(data[key])
+            sampling = data.get("sampling")
+            if sampling is not None and "file" in sampling.init_args:
+                sampling.init_args.file = from_anywhere(sampling.init_args.file)
             set_channels(config.model, data.get("channels", 3))
             if config.trainer.default_root_dir is None:
                 names = (settings.class_path.rpartition(".")[2] for settings in (config.model, config.data))
@@ -391,8 +396,12 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
-def from_anywhere(path: str) -> str:
-    """A path to files as an absolute one, so that a checkpoint finds its data from any folder."""
+def from_anywhere(path: Any) -> Any:
+    """Paths to files, also those of a mixture's parts, as absolute ones, so that a checkpoint finds its data anywhere."""
+    if isinstance(path, dict):
+        return {name: from_anywhere(part) for name, part in path.items()}
+    if not isinstance(path, str):
+        return path
     is_path = os.path.exists(path) or glob.has_magic(path) or "{" in path
     return os.path.abspath(path) if is_path else path
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ssd.data.manifest import PATH_COLUMNS, has_header, read_manifest
 from ssd.data.memory import ByteTable, SharedArray
 from ssd.errors import UserError
 
@@ -16,7 +17,6 @@ SUFFIXES = (
     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".npy",
 )  # fmt: skip
 LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv")
-LIST_HEADERS = ("path", "file", "filename", "image", "picture")
 MOST_CHANNELS = 16  # of a picture whose channels come first: told from its rows by its number of columns
 LABEL_CHOICES = ("auto", True, False)
 
@@ -27,7 +27,8 @@ class FolderSource:
     A folder is read in the order of its sorted names; hidden files and files with other suffixes are
     passed over; links are followed, and one to nothing counts as a broken picture. A list has one path a
     line, relative to the list's own folder or absolute, and optionally a label (a class name, or whole
-    numbers throughout) behind a tab, a comma or a space. Files are opened when they are needed, not
+    numbers throughout) behind a tab, a comma or a space; one with a header is a manifest, whose column `group` says
+    which samples belong together (`ssd/data/manifest.py`). Files are opened when they are needed, not
     before. Raises UserError where there is nothing to read.
 
     Args:
@@ -42,6 +43,7 @@ class FolderSource:
             raise UserError(f"labels is {labels!r}. Use 'auto', true (folder names are the classes) or false.")
         path = Path(path)
         self.classes: list[str] | None = None
+        groups = None
         if path.is_dir():
             self.root = str(path)
             names = list(picture_files(self.root))
@@ -56,15 +58,26 @@ class FolderSource:
             found, self.classes = classes_of_folders(names, path, labels)
         elif path.is_file():
             self.root = str(path.parent)
-            names, given = read_list(path)
+            if has_header(path):
+                table = read_manifest(path)
+                check_files(path, table.names[:10])
+                names, given, groups = table.names, table.labels, table.groups
+            else:
+                names, given = read_list(path)
             found, self.classes = classes_of_list(given) if labels is not False else (None, None)
         else:
             raise UserError(f"there is no folder or list '{path}'. Give a folder of pictures or a text file of paths.")
         self._names = ByteTable.of([os.fsencode(name) for name in names])
         self._labels = None if found is None else SharedArray.of(found)
+        self._groups = None if groups is None else SharedArray.of(groups)
 
     def __len__(self) -> int:
         return len(self._names)
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """(N,) int64, -1 for a sample that stands alone; None where no manifest gives them."""
+        return None if self._groups is None else self._groups.array
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -81,7 +94,11 @@ class FolderSource:
         return -1 if self._labels is None else int(self._labels.array[index])
 
     def describe(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self._names[index]))
+        return os.path.join(self.root, self.path_within(index))
+
+    def path_within(self, index: int) -> str:
+        """Below the folder, or as the list has it."""
+        return os.fsdecode(self._names[index])
 
     def fingerprint(self) -> str:
         """Of names and labels, not of what the files hold; the same wherever the folder lies."""
@@ -103,8 +120,8 @@ def read_array(file: str | io.BytesIO, name: str) -> np.ndarray:
     return np.ascontiguousarray(picture)
 
 
-def picture_files(root: str) -> Iterator[str]:
-    """Paths below `root`, relative to it, folder by folder in sorted order. Each folder is entered once."""
+def picture_files(root: str, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[str]:
+    """Files that end in one of `suffixes`, relative to `root`, folder by folder in sorted order; each folder once."""
     seen: set[tuple[int, int]] = set()
 
     def walk(folder: str) -> Iterator[str]:
@@ -120,7 +137,7 @@ def picture_files(root: str) -> Iterator[str]:
                     continue
                 if leads_to_folder(entry):
                     folders.append(os.path.join(folder, entry.name))
-                elif entry.name.lower().endswith(SUFFIXES) and (entry.is_symlink() or entry.is_file()):
+                elif entry.name.lower().endswith(suffixes) and (entry.is_symlink() or entry.is_file()):
                     files.append(os.path.join(folder, entry.name))
         yield from sorted(files)
         for below in sorted(folders):
@@ -170,17 +187,21 @@ def read_list(path: Path) -> tuple[list[str], list[str | None]]:
     except UnicodeDecodeError:
         raise UserError(f"'{path}' is not a text file. A list of pictures has one path a line, in UTF-8.") from None
     pairs = [split_line(line) for line in lines if line.strip()]
-    if pairs and pairs[0][0].lower() in LIST_HEADERS:
+    if pairs and pairs[0][0].lower() in PATH_COLUMNS:
         pairs = pairs[1:]
-    if not pairs:
+    check_files(path, [name for name, _ in pairs[:10]])
+    return [name for name, _ in pairs], [label for _, label in pairs]
+
+
+def check_files(path: Path, first: Sequence[str]) -> None:
+    """Raises UserError where a list has no lines, or none of its first files is there."""
+    if not first:
         raise UserError(f"list '{path}' is empty. Write one path a line, relative to '{path.parent}' or absolute.")
-    first = pairs[: min(10, len(pairs))]
-    if not any((path.parent / name).exists() for name, _ in first):
+    if not any((path.parent / name).exists() for name in first):
         raise UserError(
-            f"none of the first {len(first)} files in '{path}' exists, for instance '{path.parent / first[0][0]}'. "
+            f"none of the first {len(first)} files in '{path}' exists, for instance '{path.parent / first[0]}'. "
             "Paths are relative to the list's own folder, or absolute."
         )
-    return [name for name, _ in pairs], [label for _, label in pairs]
 
 
 def split_line(line: str) -> tuple[str, str | None]:

@@ -38,12 +38,13 @@ def import_choices() -> None:
     import datamodules
     import lightning_modules
     import ssd.backbones
+    from ssd.data.sampling import Sampling
     from ssd.optim import OptimizerRule
     from ssd.schedules import Schedule
     from ssd.views.view import Views
 
     # settings that are dataclasses and have kinds: a config names the kind by its class
-    set_parsing_settings(subclasses_enabled=[OptimizerRule, Schedule, Views])
+    set_parsing_settings(subclasses_enabled=[OptimizerRule, Sampling, Schedule, Views])
     for package in (lightning_modules, datamodules, ssd.backbones):
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
@@ -168,7 +169,7 @@ def data_arguments(value: str) -> list[str]:
         if "data" not in read_config(file):
             raise UserError(f"--data {value} is a config that says nothing of data. Give it by --config.")
         return ["--config", str(file)]
-    if value.startswith(COLLECTIONS):
+    if value.startswith(COLLECTIONS) or is_mixture(value):
         return ["--data", "Images", "--data.path", value]
     if any(letter in value for letter in "*?[{"):
         return ["--data", "Images", "--data.path", os.path.abspath(value)]
@@ -179,6 +180,14 @@ def data_arguments(value: str) -> list[str]:
         f"--data {value} is neither a path that exists (seen from {os.getcwd()}), nor a class ({', '.join(names)}), nor "
         f"a config ({', '.join(configs)})."
     )
+
+
+def is_mixture(text: str) -> bool:
+    """Whether a text is a mapping such as {photos: {path: A, weight: 2}, scans: B}, which no file's name is."""
+    try:
+        return text.startswith("{") and isinstance(yaml.safe_load(text), dict) and ":" in text
+    except yaml.YAMLError:
+        return False
 
 
 def is_class_path(text: str) -> bool:

@@ -58,4 +58,5 @@ def data_named(record: dict[str, Any] | None) -> str:
     if record is None:
         return "unknown"
     path = record["init_args"].get("path")
-    return " ".join(part for part in (record["class_path"].rpartition(".")[2], path and Path(path).name) if part)
+    names = ", ".join(path) if isinstance(path, dict) else path and Path(path).name
+    return " ".join(part for part in (record["class_path"].rpartition(".")[2], names) if part)
