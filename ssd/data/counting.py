@@ -18,7 +18,10 @@ def counted(path: str) -> dict[str, float]:
 
     Raises OSError for a file that is damaged or gone. A file whose damage lies behind its header is not found out.
     """
-    return COUNTERS[os.path.splitext(path)[1].lower()](path)
+    kind = os.path.splitext(path)[1].lower()
+    if kind not in COUNTERS:
+        raise OSError(f"no known kind of file: {', '.join(COUNTERS)}")
+    return COUNTERS[kind](path)
 
 
 def count_picture(path: str) -> dict[str, float]:

@@ -196,9 +196,8 @@ class BalancedDraws(Draws):
         """Draws of each of the finest clusters in an epoch. (K,) int64, their sum is `size`"""
         rng = generator(seed, epoch, SHARED_OUT)
         room = [self.samples * self.max_repeats]
-        for parent, count in zip(self.parents, [*(len(p) for p in self.parents[1:]), None], strict=True):
-            above = np.bincount(parent, room[-1], count or int(parent.max()) + 1)
-            room.append(np.rint(above).astype(np.int64))
+        for parent in self.parents:
+            room.append(np.rint(np.bincount(parent, room[-1])).astype(np.int64))
         shares = evenly(np.array([self.size]), np.zeros(len(room[-1]), np.int64), room[-1], rng)
         for parent, own in zip(reversed(self.parents), reversed(room[:-1]), strict=True):
             shares = evenly(shares, parent, own, rng)
