@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ssd.configs_path import config_names
+from ssd.data.shards import is_remote
 from ssd.errors import UserError
 from ssd.verbs.arguments import checkpoint_typed, expand, go_on, import_choices, stored_config
 
@@ -400,7 +401,7 @@ def from_anywhere(path: Any) -> Any:
     """Paths to files, also those of a mixture's parts, as absolute ones, so that a checkpoint finds its data anywhere."""
     if isinstance(path, dict):
         return {name: from_anywhere(part) for name, part in path.items()}
-    if not isinstance(path, str):
+    if not isinstance(path, str) or is_remote(path):
         return path
     is_path = os.path.exists(path) or glob.has_magic(path) or "{" in path
     return os.path.abspath(path) if is_path else path

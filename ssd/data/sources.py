@@ -15,6 +15,7 @@ from ssd.data.folder import LIST_SUFFIXES, SUFFIXES, FolderSource
 from ssd.data.memory import SharedArray
 from ssd.data.parquet import ParquetSource
 from ssd.data.randomness import generator
+from ssd.data.shards import is_remote
 from ssd.data.tar import TarSource, expand_braces
 from ssd.errors import UserError
 
@@ -122,8 +123,8 @@ class Renamed:
 
 COLLECTIONS = ("torchvision:", "hf:")
 KINDS = (
-    f"a folder of pictures, a list of paths ({', '.join(LIST_SUFFIXES)}), Parquet (.parquet), tar shards (.tar), a NumPy "
-    "stack (.npy, .npz), torchvision:NAME:FOLDER or hf:NAME"
+    f"a folder of pictures, a list of paths ({', '.join(LIST_SUFFIXES)}), Parquet (.parquet), tar shards (.tar, by URL too), a "
+    "NumPy stack (.npy, .npz), torchvision:NAME:FOLDER or hf:NAME"
 )
 
 
@@ -131,10 +132,12 @@ def open_source(path: str | Path, labels: bool | str = "auto") -> Source:
     """The source that `path` stands for, recognised from what it is.
 
     A folder of pictures at any depth, a text file that lists them, a Parquet or tar file, a folder of them or a
-    pattern such as 'data/train-*.parquet' or 'data/train-{000..099}.tar', a NumPy stack, `torchvision:NAME:FOLDER` or
-    `hf:NAME`. `labels` as in `FolderSource`. Raises UserError for anything else.
+    pattern such as 'data/train-*.parquet' or 'data/train-{000..099}.tar', tar files by URL, a NumPy stack,
+    `torchvision:NAME:FOLDER` or `hf:NAME`. `labels` as in `FolderSource`. Raises UserError for anything else.
     """
     text = os.path.expanduser(str(path))
+    if is_remote(text):
+        return TarSource(text, labels)
     if text.startswith(COLLECTIONS):
         return without_labels(open_collection(text), labels)
     if "{" in text and not os.path.exists(text):

@@ -155,6 +155,7 @@ def data_arguments(value: str) -> list[str]:
     """`--data` takes a class name, a data config, or a path whose kind decides the class."""
     import_choices()
     from datamodules.base import PictureData
+    from ssd.data.shards import is_remote
     from ssd.data.sources import COLLECTIONS
 
     names = sorted(cls.__name__ for cls in subclasses(PictureData))
@@ -169,7 +170,7 @@ def data_arguments(value: str) -> list[str]:
         if "data" not in read_config(file):
             raise UserError(f"--data {value} is a config that says nothing of data. Give it by --config.")
         return ["--config", str(file)]
-    if value.startswith(COLLECTIONS) or is_mixture(value):
+    if value.startswith(COLLECTIONS) or is_remote(value) or is_mixture(value):
         return ["--data", "Images", "--data.path", value]
     if any(letter in value for letter in "*?[{"):
         return ["--data", "Images", "--data.path", os.path.abspath(value)]
