@@ -42,12 +42,15 @@ class Backbone(Recorded, nn.Module):
     model: Any
     attention: tuple[Any, ...]
 
-    def __init__(self, name: str, in_chans: int, drop_path_rate: float):
+    def __init__(self, name: str, in_chans: int, drop_path_rate: float, rgb_channels: Sequence[int] | None = None):
         super().__init__()
         if in_chans < 1:
             raise UserError(f"in_chans is {in_chans}, a picture has at least 1 channel.")
         if not 0 <= drop_path_rate < 1:
             raise UserError(f"drop_path_rate is {drop_path_rate}, expected a share of at least 0 and below 1.")
+        if rgb_channels is not None:
+            check_rgb_channels(rgb_channels, in_chans)
+        self.rgb_channels = rgb_channels
         self.name = name
         self.in_chans = in_chans
         self.drop_path_rate = drop_path_rate
@@ -145,6 +148,15 @@ class Backbone(Recorded, nn.Module):
 
     def find_attention(self) -> tuple[nn.Module, ...]:
         return tuple(module for module in self.model.modules() if hasattr(module, "fused_attn"))
+
+
+def check_rgb_channels(channels: Sequence[int], in_chans: int) -> None:
+    places = list(channels)
+    if len(places) != 3 or len(set(places)) != 3 or not all(0 <= place < in_chans for place in places):
+        raise UserError(
+            f"rgb_channels is {places} for pictures of {in_chans} channels. Give the places of red, green and blue, three "
+            f"different numbers from 0 to {in_chans - 1}."
+        )
 
 
 def tap_names(taps: Iterable[int | str], last: int, num_blocks: int, name: str) -> list[str]:

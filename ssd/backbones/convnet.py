@@ -30,6 +30,8 @@ class ConvNet(Backbone):
             Other inputs work.
         drop_path_rate: share of samples whose residual branch is skipped in the last block.
         weights: start from "timm", "timm:TAG", an exported folder, a weights file or a checkpoint.
+        rgb_channels: which channels are red, green and blue, counted from 0, where `weights` are of an RGB network and
+            the pictures have more channels; null = the first three.
         arguments: further arguments of the timm model: {layers: [1, 1, 1, 1], channels: [32, 64, 128, 256]}
             of a resnet18, {depths: ..., dims: ..., patch_size: 2} of a ConvNeXt.
     """
@@ -43,9 +45,10 @@ class ConvNet(Backbone):
         img_size: int | Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         weights: str | None = None,
+        rgb_channels: list[int] | None = None,
         arguments: dict[str, Any] | None = None,
     ):
-        super().__init__(name, in_chans, drop_path_rate)
+        super().__init__(name, in_chans, drop_path_rate, rgb_channels)
         kwargs: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans}
         if img_size is not None:
             kwargs["img_size"] = img_size if isinstance(img_size, int) else tuple(img_size)

@@ -30,6 +30,8 @@ class ViT(Backbone):
         drop_path_rate: share of samples whose residual branch is skipped in the last block, growing
             linearly from 0 in the first.
         weights: start from "timm", "timm:TAG", an exported folder, a weights file or a checkpoint.
+        rgb_channels: which channels are red, green and blue, counted from 0, where `weights` are of an RGB network and
+            the pictures have more channels; null = the first three.
         arguments: further arguments of the timm model, for instance {depth: 4, embed_dim: 96}.
     """
 
@@ -43,9 +45,10 @@ class ViT(Backbone):
         img_size: int | Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         weights: str | None = None,
+        rgb_channels: list[int] | None = None,
         arguments: dict[str, Any] | None = None,
     ):
-        super().__init__(name, in_chans, drop_path_rate)
+        super().__init__(name, in_chans, drop_path_rate, rgb_channels)
         arguments = dict(arguments or {})
         if arguments.get("patch_drop_rate"):
             raise UserError("patch_drop_rate drops patches unseen by the method. Use a method that passes `visible`.")

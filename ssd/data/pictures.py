@@ -5,6 +5,7 @@ import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -97,7 +98,8 @@ def decode(
     arbitrary. Palette, CMYK, grey and bilevel pictures become RGB (3) or luma (1); wider values become
     8 bits by `levels`, which divides by 257 unless it is told a range, so that black and white stay black
     and white. Of an animation the first frame counts. With other numbers of channels the picture must have
-    just that many bands (2 for grey with alpha, 4 for RGBA or CMYK) and they are taken as they are. Arrays
+    just that many bands (2 for grey with alpha, 4 for RGBA or CMYK), or be a TIFF of that many pages of one band each, and
+    they are taken as they are. Arrays
     are (H, W) or (H, W, C) of whole numbers; of floats only with `Levels`. Raises BrokenPicture for what
     cannot be read.
     """
@@ -157,6 +159,9 @@ def decode_any(data: bytes, channels: int, levels: Callable[[np.ndarray], np.nda
             if channels == 1:
                 image.draft("L", None)  # a JPEG's own luma, as the fast decoder reads it
             image.load()
+            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+            if channels not in (1, 3) and pages == channels and len(image.getbands()) == 1:
+                return with_channels(levels(stacked_pages(image)), channels)
             image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise BrokenPicture(f"not a picture of a known kind: {len(data)} bytes that start with {data[:8]!r}") from None
@@ -172,6 +177,17 @@ def decode_any(data: bytes, channels: int, levels: Callable[[np.ndarray], np.nda
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     return with_channels(np.array(image), channels)
+
+
+def stacked_pages(image: Any) -> np.ndarray:
+    """The pages of a TIFF, one channel each, as (H, W, pages)."""
+    pages = []
+    for number in range(image.n_frames):
+        image.seek(number)
+        pages.append(np.array(image))
+    if len({(page.shape, page.dtype) for page in pages}) > 1:
+        raise BrokenPicture("pages of several sizes or depths, which are no channels of one picture")
+    return np.stack(pages, axis=2)
 
 
 def with_channels(picture: np.ndarray, channels: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,8 @@ def load_backbone_weights(backbone: "Backbone", weights: str) -> None:
 
     "timm" or "timm:TAG" (from the hub), an exported folder, a .safetensors or .pth file in timm's or a
     public layout, or a checkpoint. `FILE#student` takes another network than the teacher. Learned
-    positions of another grid are resized bicubically; that and what no backbone uses (a mask token, a
+    positions of another grid are resized bicubically, and an input layer for red, green and blue becomes one for
+    `backbone.in_chans` channels (`inflate_input`); that and what no backbone uses (a mask token, a
     classifier) is said. Anything else unknown, missing or mis-shaped is a UserError that lists it.
     """
     if weights == "timm" or weights.startswith("timm:"):
@@ -39,6 +40,7 @@ def load_backbone_weights(backbone: "Backbone", weights: str) -> None:
     left_out += drop_classifier(state, backbone.model)
     if left_out:
         warnings.warn(f"{weights}: not used by a backbone: {', '.join(left_out)}.", stacklevel=2)
+    inflate_input(state, backbone.model, backbone.in_chans, backbone.rgb_channels, weights)
     resize_positions(state, backbone.model, weights)
     strict_load(backbone.model, state, f"weights '{weights}'")
 
@@ -87,7 +89,8 @@ def published_by_timm(backbone: "Backbone", tag: str) -> dict[str, Tensor]:
     if not known or (tag and tag not in known):
         choices = f"Choose one of {', '.join(known)}." if known else "Choose another name, or train from the start."
         raise UserError(f"timm publishes no weights{f' with tag {tag!r}' if tag else ''} for '{name}'. {choices}")
-    kwargs = {key: value for key, value in about["kwargs"].items() if key not in POOLING}
+    # as published, for three channels: timm's own rule for others keeps no output
+    kwargs = {key: value for key, value in about["kwargs"].items() if key not in (*POOLING, "in_chans")}
     try:
         model = timm.create_model(f"{name}.{tag}" if tag else name, pretrained=True, **kwargs)
     except RuntimeError as error:
@@ -106,6 +109,38 @@ def drop_classifier(state: dict[str, Tensor], model: Any) -> list[str]:
     named = (named,) if isinstance(named, str) else named
     keys = [f"{name}.{kind}" for name in named for kind in ("weight", "bias")]
     return [key for key in keys if key not in model.state_dict() and state.pop(key, None) is not None]
+
+
+def inflate_input(
+    state: dict[str, Tensor], model: Any, in_chans: int, rgb_channels: Sequence[int] | None, weights: str
+) -> None:
+    """Make an input layer for red, green and blue, (D, 3, h, w), one for other channels, (D, in_chans, h, w), in place.
+
+    With three channels or more, those named by `rgb_channels` (red, green, blue; None = the first three) take the layer's
+    weights and the others start at zero: the answer is that of the RGB network, whatever the others hold, and
+    training finds out what they are worth. With one or two, each takes the sum of the three over their number: a grey
+    picture is answered as the RGB network answers it repeated. Repeating weights over N channels and dividing by
+    their number, as timm does, would keep neither.
+    """
+    named = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
+    for name in (named,) if isinstance(named, str) else named:
+        key = f"{name}.weight"
+        theirs, ours = state.get(key), model.state_dict().get(key)
+        if theirs is None or ours is None or theirs.ndim != 4 or theirs.shape[2:] != ours.shape[2:]:
+            continue
+        if theirs.shape[0] != ours.shape[0] or theirs.shape[1] != 3 or ours.shape[1] != in_chans:
+            continue
+        if in_chans < 3:
+            state[key] = theirs.sum(1, keepdim=True).expand(-1, in_chans, -1, -1) / in_chans
+            warnings.warn(f"{weights}: {name} sums its red, green and blue over {in_chans} channels.", stacklevel=3)
+            continue
+        places = list(rgb_channels or (0, 1, 2))
+        if in_chans == 3 and places == [0, 1, 2]:
+            continue
+        state[key] = theirs.new_zeros(ours.shape)
+        state[key][:, places] = theirs
+        said = f"{weights}: {name} reads red, green and blue from channels {', '.join(map(str, places))} of {in_chans}"
+        warnings.warn(f"{said}; the others start at zero." if in_chans > 3 else f"{said}.", stacklevel=3)
 
 
 def resize_positions(state: dict[str, Tensor], model: Any, weights: str) -> None:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ssd.data import pictures
-from ssd.data.pictures import BrokenPicture, Levels, MeasuredLevels, decode
+from ssd.data.pictures import BrokenPicture, Levels, MeasuredLevels, decode, eight_bits
 from tests.data.files import encoded, scene
 
 
@@ -202,3 +202,17 @@ def test_measured_levels_are_the_range_of_what_was_seen_but_for_outliers():
     np.testing.assert_allclose(levels.low, [0, 100], atol=10)
     np.testing.assert_allclose(levels.high, [1, 4100], rtol=0.01)
     assert MeasuredLevels().levels() is None
+
+
+def test_pages_of_a_tiff_are_the_channels_that_were_asked_for():
+    """16 bits a page, as microscopes write them."""
+    pages = np.random.default_rng(0).integers(0, 65536, (4, 6, 7), dtype=np.uint16)
+    first, *rest = [Image.fromarray(page) for page in pages]
+    data = encoded(first, "TIFF", save_all=True, append_images=rest)
+    assert np.array_equal(decode(data, 4), eight_bits(pages.transpose(1, 2, 0)))
+    assert np.array_equal(decode(data, 1)[:, :, 0], eight_bits(pages[0])), "one channel: the first page"
+    with pytest.raises(BrokenPicture, match="1 channels where 5"):
+        decode(data, 5)
+    other = encoded(first, "TIFF", save_all=True, append_images=[Image.fromarray(pages[1, :3]), *rest[1:]])
+    with pytest.raises(BrokenPicture, match="several sizes"):
+        decode(other, 4)

@@ -17,7 +17,7 @@ from ssd.errors import UserError
 from ssd.heads import PrototypeHead
 from ssd.weights.checkpoint import read_file, strict_load
 from ssd.weights.public import read_public, timm_state
-from tests.weights.networks import RESNET, TINY, pictures, tiny_resnet, tiny_vit
+from tests.weights.networks import RESNET, TINY, pictures, tiny_convnext, tiny_resnet, tiny_swin, tiny_vit
 from tests.weights.test_checkpoint import checkpoint_of
 
 
@@ -209,7 +209,7 @@ def test_weights_of_another_network_list_every_key(tmp_path):
     with pytest.raises(UserError, match=r"12 missing: blocks\.3\.norm1\.weight"):
         again(backbone, tmp_path / "vit.pth", arguments={"depth": 4})
     with pytest.raises(UserError, match=r"of another shape: patch_embed\.proj\.weight \(24, 3, 16, 16\) instead of"):
-        again(backbone, tmp_path / "vit.pth", in_chans=1)
+        again(backbone, tmp_path / "vit.pth", arguments={"patch_size": 8})
     with pytest.raises(UserError, match=r"unknown.*missing"):
         ConvNet("resnet18", weights=f"{tmp_path}/vit.pth", arguments=RESNET)
 
@@ -232,6 +232,55 @@ def test_weights_that_are_not_there_or_not_weights_say_so(tmp_path):
         again(backbone, tmp_path / "cut.safetensors")
 
 
+# ------------------------------------------------------------------ other channels
+
+NETWORKS = {"vit": tiny_vit, "resnet": tiny_resnet, "convnext": tiny_convnext, "swin": tiny_swin}
+SIDES = {"swin": 224}
+
+
+def widened(backbone, file, **settings):
+    """The same network for other channels, from the RGB network's weights."""
+    arguments = {
+        key: value for key, value in backbone.record()["init_args"].items() if key not in ("in_chans", "weights")
+    }
+    torch.save(backbone.model.state_dict(), file)
+    with pytest.warns(UserWarning, match="red, green and blue"):
+        return type(backbone)(**{**arguments, **settings}, weights=str(file)).eval()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(("channels", "places"), [(4, None), (13, None), (13, [3, 2, 1]), (3, [2, 1, 0])])
+def test_more_channels_answer_as_the_rgb_network_whatever_the_others_hold(tmp_path, network, channels, places):
+    backbone = NETWORKS[network]()
+    wide = widened(backbone, tmp_path / "rgb.pth", in_chans=channels, rgb_channels=places)
+    x = pictures(channels, SIDES.get(network, 64))
+    # another order of sums in the first layer
+    assert_close(wide(x).pooled(), backbone(x[:, places or [0, 1, 2]]).pooled(), atol=1e-4, rtol=1e-4)
+    loss = wide(x).pooled().square().sum()
+    loss.backward()
+    first = wide.model.get_submodule(wide.model.pretrained_cfg["first_conv"]).weight.grad
+    assert (first.abs().amax((0, 2, 3)) > 0).all(), "every channel learns"
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_grey_picture_is_answered_as_its_three_copies(tmp_path, network, channels):
+    backbone = NETWORKS[network]()
+    narrow = widened(backbone, tmp_path / "rgb.pth", in_chans=channels)
+    grey = pictures(1, SIDES.get(network, 64))
+    expected = backbone(grey.expand(-1, 3, -1, -1)).pooled()
+    assert_close(narrow(grey.expand(-1, channels, -1, -1)).pooled(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_other_numbers_of_channels_are_not_guessed(tmp_path):
+    torch.save(tiny_vit(in_chans=5).model.state_dict(), tmp_path / "five.pth")
+    with pytest.raises(UserError, match=r"patch_embed\.proj\.weight \(24, 5, 16, 16\) instead of \(24, 3, 16, 16\)"):
+        again(tiny_vit(), tmp_path / "five.pth")
+    for places, channels in (([0, 1], 4), ([0, 1, 1], 4), ([1, 2, 4], 4), ([0, 1, 2], 1)):
+        with pytest.raises(UserError, match=r"rgb_channels is .* for pictures of"):
+            tiny_vit(in_chans=channels, rgb_channels=places)
+
+
 # ------------------------------------------------------------------ timm's own
 
 
@@ -252,8 +301,12 @@ def test_a_tag_of_timm_is_loaded_strictly_without_its_classifier(tmp_path, monke
     monkeypatch.setattr(ssd.weights.load.timm, "create_model", from_file)
     with pytest.warns(UserWarning, match=r"head\.weight, head\.bias"):
         backbone = ViT("vit_tiny_patch16_224", weights="timm:augreg_in21k_ft_in1k", arguments=TINY).eval()
-    assert asked == ["vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
+    assert asked == ["vit_tiny_patch16_224.augreg_in21k_ft_in1k"] and not backbone.training
     x = pictures(size=224)
+    with pytest.warns(UserWarning, match="channels 0, 1, 2 of 4"):
+        wide = ViT("vit_tiny_patch16_224", in_chans=4, weights="timm:augreg_in21k_ft_in1k", arguments=TINY).eval()
+    four = pictures(4, 224)
+    assert_close(wide(four).cls, backbone(four[:, :3]).cls, atol=1e-5, rtol=1e-5)
     assert_close(backbone(x).cls, source.eval().forward_head(source.forward_features(x), pre_logits=True))
 
 
