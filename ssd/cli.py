@@ -49,7 +49,8 @@ usage: ssd VERB ...
 ssd VERB --help explains a verb:
 """
 DATA_HELP = (
-    "--data takes a path (a folder of pictures at any depth, a text file that lists them, Parquet), a class (Digits, "
+    "--data takes a path (a folder of pictures at any depth, a text file that lists them, Parquet, tar shards by path or URL), a "
+    "class (Digits, "
     "Images) or a data config, and --data.KEY VALUE its settings, which --data.help Images lists."
 )
 AGAIN_HELP = (

@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 
 from ssd.data.clusters import Clusters, check_levels, cluster, gini, write_clusters
-from ssd.data.sampling import BalancedDraws
+from ssd.data.sampling import Balanced, BalancedDraws
 from ssd.errors import UserError
 from ssd.evaluation.features import extract
 from ssd.evaluation.protocol import check_finite
@@ -19,8 +19,6 @@ from ssd.verbs.arguments import Parser, split_data
 from ssd.verbs.loading import load_data
 from ssd.verbs.networks import load_network
 from ssd.verbs.probe import check_device
-
-MAX_REPEATS = 4  # as Balanced has it
 
 
 def run(argv: list[str]) -> int:
@@ -134,7 +132,7 @@ def report(clusters: Clusters, seconds: dict[str, float]) -> dict[str, Any]:
             parent = clusters.parents[level]
             sizes = np.bincount(parent, sizes, int(parent.max()) + 1).astype(np.int64)
     with_cluster = int(np.count_nonzero(clusters.leaf >= 0))
-    draws = BalancedDraws(clusters, with_cluster, MAX_REPEATS)
+    draws = BalancedDraws(clusters, with_cluster, Balanced.max_repeats)
     times = np.bincount(draws.rows(0, 0), minlength=len(clusters.leaf))[clusters.leaf >= 0]
     return {
         "levels": rows,
