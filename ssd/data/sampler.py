@@ -119,7 +119,7 @@ class EpochSampler(Sampler[Places]):
             whole = f"{batch_size * world}" + (f" ({batch_size} on each of {world} processes)" if world > 1 else "")
             most = length // world
             advice = f"Use data.batch_size {most} or smaller" if most else f"Use at most {length} processes"
-            samples = "training samples" if draws is None else "draws of an epoch"
+            samples = "training samples" if type(self.draws) is Draws else "draws of an epoch"
             raise UserError(f"{length} {samples} do not fill one step of {whole}. {advice}, or add samples.")
         self.length, self.batch_size = length, batch_size
         self.rank, self.world, self.seed = rank, world, seed
