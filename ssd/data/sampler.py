@@ -88,9 +88,9 @@ class Places(list[tuple[int, ...]]):
 class EpochSampler(Sampler[Places]):
     """Batches of places of one rank, from the step after the last one done to the end of its epoch.
 
-    Step n of an epoch is draws n G to (n + 1) G of the epoch's order, with
-    G = `batch_size` x `world`; rank r takes the r-th of its `world` equal parts. The last draws that fill no step are
-    left out of that epoch. `steps_done` is asked at each `iter`, so nothing that workers have prefetched
+    Step n of an epoch is draws n G to (n + 1) G of the epoch's order, with G = `batch_size` x
+    `world`; rank r takes the r-th of its `world` equal parts. The last draws that fill no step are left
+    out of that epoch. `steps_done` is asked at each `iter`, so nothing that workers have prefetched
     counts. The length is that of a whole epoch.
 
     Args:

@@ -162,7 +162,7 @@ def test_each_draw_of_a_broken_picture_is_replaced_by_the_next_of_its_own_place(
     assert len(places) == 4
     for turn, place in enumerate(places):
         following = next(index for index in order[place:] + order[:place] if index != 5)
-        assert dataset[(2, 5, turn)].index == following
+        assert dataset[(2, 5, turn)].index == [following]
 
 
 def test_a_fraction_shortens_the_epoch_of_a_trainer(parts, capsys):
