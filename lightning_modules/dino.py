@@ -37,6 +37,8 @@ class DINO(SelfDistillation):
             they are averaged like weights and the teacher evaluates.
     """
 
+    teacher: EMA
+
     def __init__(
         self,
         backbone: Backbone,

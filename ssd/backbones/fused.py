@@ -4,6 +4,8 @@ The networks are timm's, with timm's parameters, names and results: only how the
 where compiled code can do it (`ssd.native.norm.fits`).
 """
 
+from typing import Any
+
 from timm.models import checkpoint_seq
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ def activated(x: Tensor, norm: nn.Module, act: nn.Module, residual: Tensor | Non
     return act(x)
 
 
-def joined(block: BasicBlock | Bottleneck, x: Tensor, shortcut: Tensor, norm: nn.Module, act: nn.Module) -> Tensor:
+def joined(block: Any, x: Tensor, shortcut: Tensor, norm: nn.Module, act: nn.Module) -> Tensor:
     """The end of a residual block: its branch normalised, the shortcut added, activated."""
     if block.downsample is not None:
         *layers, last = block.downsample
@@ -45,12 +47,16 @@ def joined(block: BasicBlock | Bottleneck, x: Tensor, shortcut: Tensor, norm: nn
 
 
 class FusedBasicBlock(BasicBlock):
+    aa: Any
+
     def forward(self, x: Tensor) -> Tensor:
         inner = self.aa(activated(self.conv1(x), self.bn1, self.act1))
         return joined(self, self.conv2(inner), x, self.bn2, self.act2)
 
 
 class FusedBottleneck(Bottleneck):
+    aa: Any
+
     def forward(self, x: Tensor) -> Tensor:
         inner = activated(self.conv1(x), self.bn1, self.act1)
         inner = self.aa(activated(self.conv2(inner), self.bn2, self.act2))
@@ -58,6 +64,12 @@ class FusedBottleneck(Bottleneck):
 
 
 class FusedResNet(ResNet):
+    maxpool: Any
+    layer1: Any
+    layer2: Any
+    layer3: Any
+    layer4: Any
+
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.maxpool(activated(self.conv1(x), self.bn1, self.act1))
         stages = [self.layer1, self.layer2, self.layer3, self.layer4]

@@ -46,7 +46,7 @@ def photographs(count: int, width: int, height: int, quality: int) -> list[bytes
         widest = min(photo.width, photo.height * width / height)
         wide = int(rng.uniform(0.6, 1) * widest)
         high = wide * height // width
-        left, top = rng.integers(0, photo.width - wide + 1), rng.integers(0, photo.height - high + 1)
+        left, top = int(rng.integers(0, photo.width - wide + 1)), int(rng.integers(0, photo.height - high + 1))
         crop = photo.crop((left, top, left + wide, top + high)).resize((width, height), Image.Resampling.BICUBIC)
         file = io.BytesIO()
         crop.save(file, "JPEG", quality=quality)
@@ -120,9 +120,9 @@ def lightlys(files: Sequence[bytes], views: DINOViews) -> Theirs:
 
     transform = DINOTransform(
         global_crop_size=views.global_size,
-        global_crop_scale=tuple(views.global_scale),
+        global_crop_scale=(views.global_scale[0], views.global_scale[1]),
         local_crop_size=views.local_size,
-        local_crop_scale=tuple(views.local_scale),
+        local_crop_scale=(views.local_scale[0], views.local_scale[1]),
         n_local_views=views.local_count,
     )
     return Theirs(files, transform, by_pillow)

@@ -47,7 +47,7 @@ class Preemption(pl.Callback):
             if self.received is not None:
                 print(f"{self.received}: stopping at step {pl_module.step}", file=sys.stderr, flush=True)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # before Lightning puts its own handlers back to what was there before them
         self._restore()
         if self._limit_val_batches is not None:

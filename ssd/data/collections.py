@@ -40,7 +40,7 @@ class TorchvisionSource:
         if "download" in parameters:
             arguments["download"] = download
         try:
-            self._set = made(**arguments)
+            self._set: Any = made(**arguments)
         except (RuntimeError, FileNotFoundError, ValueError, OSError) as error:
             raise UserError(
                 f"torchvision:{name} cannot be opened in '{root}': {error}. Give the folder it lies in, as "
@@ -49,7 +49,7 @@ class TorchvisionSource:
         self.name = f"torchvision:{name}:{root}:{split}"
         classes = getattr(self._set, "classes", None)
         self.classes: list[str] | None = None if classes is None else [str(entry) for entry in classes]
-        labels = next(
+        labels: Any = next(
             (getattr(self._set, key) for key in ("targets", "labels", "_labels") if hasattr(self._set, key)), None
         )
         self._labels: SharedArray | None = None

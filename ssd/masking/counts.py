@@ -46,13 +46,14 @@ def wanted_tokens(
     if not recipe.even:
         masked = rng.random((views, batch)) < recipe.share
         return np.where(masked, rng.uniform(low, high, (views, batch)) * tokens, 0.0)
-    given = strata(views, batch, recipe.share).copy()
+    given = strata(views, batch, recipe.share)
     # within its group each share may fall to any crop
     whole = batch // SPREAD * SPREAD
     groups = rng.permuted(given[:whole].reshape(-1, SPREAD * views), axis=1).reshape(whole, views)
-    given = np.concatenate([groups, rng.permutation(given[whole:].reshape(-1)).reshape(-1, views)])
-    masked = int((given >= 0).sum())
-    share = low + (high - low) * (given + rng.random(given.shape)) / max(masked, 1)
+    rest = rng.permutation(given[whole:].copy().reshape(-1)).reshape(-1, views)
+    given = np.concatenate([groups, rest])
+    number = max(int((given >= 0).sum()), 1)
+    share = low + (high - low) * (given + rng.random(given.shape)) / number
     return np.where(given >= 0, np.floor(share * tokens), 0.0).T
 
 

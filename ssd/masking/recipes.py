@@ -183,7 +183,7 @@ class InverseBlockMasks(Masking):
     def masks(self, views: int, batch: int, grid: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
         height, width = picture_grid("inverse block masks", grid)
         tokens = height * width
-        if self.exact:
+        if not isinstance(self.ratio, tuple | list):
             masked = np.full(views * batch, floor(tokens * self.ratio))
         else:
             masked = np.floor(wanted_tokens(self, views, batch, tokens, rng).reshape(-1)).astype(int)

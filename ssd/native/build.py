@@ -25,7 +25,7 @@ COMPILERS = ("cc", "gcc", "clang")
 FAST_MATH = "no-math-errno no-trapping-math finite-math-only no-signed-zeros associative-math reciprocal-math"
 FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 FLAGS += [f"-f{name}" for name in FAST_MATH.split()]
-TUNING = (["-march=native"], ["-mcpu=native"], [])
+TUNING: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 LONGEST_S = 120
 
 

@@ -145,7 +145,7 @@ def same_order(residual: Tensor, x: Tensor) -> bool:
     return residual.is_contiguous(memory_format=torch.channels_last) and residual.stride() == x.stride()
 
 
-def norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
+def norm_act(x: Tensor, norm: Any, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
     """What norm(x), plus `residual`, then ReLU would answer in training, running statistics included.
 
     Maps (B, C, H, W) for which `fits` holds.
