@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} is {getattr(arguments, name)}. Use 1 or more.")
 
-    from ssd.benchmarks.data import compare_masks, compare_views, stages
+    from ssd.benchmarks.data import compare_masks, compare_views, device_photometry_ms, stages
 
     threads = torch.get_num_threads()
     start_worker(0)  # what is measured is what a loader's worker does
@@ -52,5 +52,9 @@ def run(argv: list[str]) -> int:
     out.print(table)
     nothing = dict.fromkeys(("against", "baseline", "ratio", "low", "high"))
     stage_rows = [{"case": f"stage: {stage}", "ours": spent[stage], "unit": "ms/picture", **nothing} for stage in spent]
+    if torch.cuda.is_available():
+        time_ms = device_photometry_ms(arguments.rounds)
+        out.print(f"colours of 64 pictures on {torch.cuda.get_device_name()}: {time_ms:.2f} ms")
+        stage_rows.append({"case": "stage: colours of 64 on the device", "ours": time_ms, "unit": "ms", **nothing})
     write_json(arguments.json, [pair.row() for pair in (*pairs, masks)] + stage_rows)
     return 0

@@ -59,7 +59,7 @@ def folder(tmp_path) -> Path:
 # ---------------------------------------------------------------- the same batches
 
 
-@pytest.mark.parametrize("workers, method", [(1, "fork"), (2, "fork"), (2, "spawn")])
+@pytest.mark.parametrize("workers, method", [(1, "fork"), (4, "fork"), (2, "spawn")])
 def test_workers_change_no_bit_of_any_batch(folder, workers, method):
     write(folder / "bee" / "003.png", b"broken")
     settings = {"batch_size": 8, "max_broken_share": 0.1, "seed": 3}

@@ -10,7 +10,7 @@ from hypothesis.strategies import integers
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from ssd.views.parameters import NEUTRAL, ORDER, WARP, Box, Colour, draw
+from ssd.views.parameters import NEUTRAL, ORDER, WARP, Box, Colour, draw, draw_many
 from ssd.views.recipes import DINOViews, PlainViews, views_named
 from ssd.views.view import View, Views
 
@@ -202,3 +202,60 @@ def test_warps_are_uniform_either_way_and_change_no_other_draw():
             np.testing.assert_array_equal(boxes[kind], turned_boxes[kind])
             np.testing.assert_array_equal(colours[kind][:, : Colour.ROTATE], turned_colours[kind][:, : Colour.ROTATE])
             assert (colours[kind][:, WARP] == 0).all()
+
+
+def test_a_hundred_thousand_draws_fill_the_published_ranges():
+    """Caron et al. 2021: what each setting's distribution is said to be, over 100,000 pictures of 375 x 500 px."""
+    count, height, width = 100_000, 375, 500
+    places = [(3, 0, index) for index in range(count)]
+    views, part = DINOViews(local_count=1), 10_000
+    tables = [draw_many(views, [(height, width)] * part, places[at : at + part]) for at in range(0, count, part)]
+    boxes = {kind: np.concatenate([table[0][kind] for table in tables]) for kind in ("global", "local")}
+    colours = {kind: np.concatenate([table[1][kind] for table in tables]) for kind in ("global", "local")}
+
+    def share_is(found: np.ndarray, probability: float) -> None:
+        assert abs(found.mean() - probability) < 4.5 * np.sqrt(max(probability * (1 - probability), 1e-12) / count)
+
+    def uniform_over(found: np.ndarray, low: float, high: float) -> None:
+        assert low - 1e-6 <= found.min() and found.max() <= high + 1e-6
+        quantiles = np.quantile(found, np.linspace(0, 1, 11))
+        # of a uniform law's quantile the deviation is at most half the range over the root of the count
+        np.testing.assert_allclose(
+            quantiles, np.linspace(low, high, 11), atol=4.5 * 0.5 * (high - low) / np.sqrt(len(found))
+        )
+
+    # a small crop always fits, so nothing distorts the law; whole pixels do by a hundredth
+    local = boxes["local"][:, 0].astype(float)
+    area = local[:, Box.WIDTH] * local[:, Box.HEIGHT] / (height * width)
+    ratio = np.log(local[:, Box.WIDTH] / local[:, Box.HEIGHT])
+    assert area.min() > 0.05 * 0.97 and area.max() < 0.4 * 1.03
+    np.testing.assert_allclose(
+        np.quantile(area, [0.25, 0.5, 0.75]), 0.05 + 0.35 * np.array([0.25, 0.5, 0.75]), atol=0.003
+    )
+    np.testing.assert_allclose(
+        np.quantile(ratio, [0.25, 0.5, 0.75]), np.log(4 / 3) * np.array([-0.5, 0, 0.5]), atol=0.006
+    )
+    blur_prob, solarize_prob = {"global": (1.0, 0.1), "local": (0.5,)}, {"global": (0.0, 0.2), "local": (0.0,)}
+    for kind in boxes:
+        assert boxes[kind][..., [Box.LEFT, Box.TOP]].min() >= 0
+        assert (boxes[kind][..., Box.LEFT] + boxes[kind][..., Box.WIDTH]).max() <= width
+        assert (boxes[kind][..., Box.TOP] + boxes[kind][..., Box.HEIGHT]).max() <= height
+        for view in range(boxes[kind].shape[1]):
+            drawn = colours[kind][:, view].astype(float)
+            share_is(boxes[kind][:, view, Box.FLIP], 0.5)
+            share_is(drawn[:, Colour.GREY], 0.2)
+            share_is(drawn[:, Colour.BLUR] > 0, blur_prob[kind][view])
+            share_is(drawn[:, Colour.SOLARIZE] < 256, solarize_prob[kind][view])
+            assert set(np.unique(drawn[:, Colour.SOLARIZE])) <= {128.0, 256.0}
+            uniform_over(drawn[drawn[:, Colour.BLUR] > 0, Colour.BLUR], 0.1, 2.0)
+            jittered = drawn[drawn[:, Colour.BRIGHTNESS] != 1]
+            share_is(drawn[:, Colour.BRIGHTNESS] != 1, 0.8)
+            for column, low, high in (
+                (Colour.BRIGHTNESS, 0.6, 1.4),
+                (Colour.CONTRAST, 0.6, 1.4),
+                (Colour.SATURATION, 0.8, 1.2),
+                (Colour.HUE, -0.1, 0.1),
+            ):
+                uniform_over(jittered[:, column], low, high)
+            _, orders = np.unique(jittered[:, ORDER], axis=0, return_counts=True)
+            assert len(orders) == 24 and abs(orders / len(jittered) - 1 / 24).max() < 0.004
