@@ -1,73 +1,58 @@
-"""What all picture data share: division into training and held out, normalisation, loaders."""
+"""What all data share: division into training and held out, loaders, broken samples."""
 
 import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from torch.utils.data import Sampler
 
-from ssd.batch import Batch
-from ssd.data.broken import BrokenPictures
-from ssd.data.cache import AUTO_BYTES, PictureCache, Pictures
-from ssd.data.dataset import (
-    Collate,
-    CollateEvaluation,
-    EvaluationPictures,
-    PictureLoader,
-    TrainingPictures,
-    start_worker,
-)
+from ssd.data.broken import BrokenSamples
+from ssd.data.dataset import SampleLoader, start_worker
 from ssd.data.groups import split
 from ssd.data.parcel import Packed
-from ssd.data.pictures import Levels
 from ssd.data.sampler import Draws, EpochSampler
 from ssd.data.sampling import Sampling, draws_of, order_cost
 from ssd.data.sources import Renamed, Source, Subset, limited
-from ssd.data.statistics import NUM_SURVEYED, measured_levels, survey
 from ssd.errors import UserError
 from ssd.masking.batch import MaskPlan
-from ssd.native import views as native
 from ssd.record import Recorded
 from ssd.summary import console, print_facts
-from ssd.views import photometry
 from ssd.views.recipes import views_named
 from ssd.views.view import Views
 
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-NUM_SIZED = 64  # pictures that tell how large the decoded set is where none need to be measured
 PREFETCHED = 4  # batches that each worker works ahead
 
 
-class PictureData(Recorded, pl.LightningDataModule):
-    """Pictures for self-distillation: views of the training part, plain pictures for evaluation.
+class SampleData(Recorded, pl.LightningDataModule, ABC):
+    """Samples for self-distillation: views of the training part, plain samples for evaluation.
 
-    A subclass says in `sources` what there is. Inside a trainer everything is read in `setup`; in
-    plain Python call `prepare(views)`, then ask for loaders.
+    A subclass says in `sources` what there is, in `training_samples` and `evaluation_samples` how a sample becomes
+    views, in `collate` and `evaluation_collate` how samples become a batch. Inside a trainer everything is read in
+    `setup`; in plain Python call `prepare(views)`, then ask for loaders.
 
     Args:
         batch_size: samples a step on each process.
         num_workers: processes that load; 0 loads between the steps, null = by the machine's cores.
         seed: of the order of samples and of their views.
-        channels: of the pictures that a network sees; grey and colour are turned into one another.
-        normalize: "data" = means and standard deviations measured on up to 2,000 pictures, "imagenet", or
-            {"mean": [...], "std": [...]} in [0, 1] a channel.
-        value_range: of pictures of more than 8 bits: "type" = the whole range of 16-bit numbers, "data" = measured for
-            each channel on up to 200 pictures, or [black, white], each a number or one for each channel.
-        max_broken_share: share of pictures that may be broken before the run stops, in [0, 1].
+        max_broken_share: share of samples that may be broken before the run stops, in [0, 1].
         val_share: of labelled data without a held-out part of its own, the share that is held out; 0 = none.
         sampling: which samples an epoch draws: Fraction (a share, another one each time), Balanced (over clusters that
             `ssd curate` wrote) or Weighted (by the weights of a mixture); null = every sample once, or by the weights.
         limit: train on only so many samples, the first of a fixed shuffle.
         evaluation_limit: at most so many training samples stand in the online evaluation's bank; null = all.
-        cache: keep decoded pictures in memory; "auto" = when all of them take less than 1 GiB.
-        photometry: where colours are changed: "worker", "device", or "auto" = on the device when that is
-            an accelerator.
         start_method: how workers start, "fork", "spawn" or "forkserver"; null = as Python does here.
     """
+
+    sample_word = "sample"
+    """What messages call a sample."""
+    views_class: type[Views] = Views
+    """The recipes that fit the data."""
 
     def __init__(
         self,
@@ -75,20 +60,15 @@ class PictureData(Recorded, pl.LightningDataModule):
         batch_size: int = 64,
         num_workers: int | None = None,
         seed: int = 0,
-        channels: int = 3,
-        normalize: str | dict[str, list[float]] = "data",
-        value_range: str | list[Any] = "type",
         max_broken_share: float = 0.01,
         val_share: float = 0.1,
         sampling: Sampling | None = None,
         limit: int | None = None,
         evaluation_limit: int | None = 10_000,
-        cache: bool | str = "auto",
-        photometry: str = "auto",
         start_method: str | None = None,
     ):
         super().__init__()
-        for name, value in {"batch_size": batch_size, "channels": channels, "limit": limit}.items():
+        for name, value in {"batch_size": batch_size, "limit": limit}.items():
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}. Use 1 or more.")
         if evaluation_limit is not None and evaluation_limit < 1:
@@ -96,38 +76,69 @@ class PictureData(Recorded, pl.LightningDataModule):
         if num_workers is not None and num_workers < 0:
             raise UserError(f"num_workers is {num_workers}. Use 0 or more, or null to follow the machine.")
         if not 0 <= max_broken_share <= 1:
-            raise UserError(f"max_broken_share is {max_broken_share}. It is a share of all pictures, from 0 to 1.")
+            raise UserError(f"max_broken_share is {max_broken_share}. It is a share of all samples, from 0 to 1.")
         if not 0 <= val_share < 1:
             raise UserError(f"val_share is {val_share}. It is the share that is held out, from 0 to less than 1.")
-        choose("cache", cache, ("auto", True, False))
-        choose("photometry", photometry, ("auto", "worker", "device"))
         choose("start_method", start_method, (None, *multiprocessing.get_all_start_methods()))
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.channels = channels
-        self.normalize = normalize
-        self.given = given_normalisation(normalize, channels)
-        self.value_range = value_range
-        self.levels = given_levels(value_range)
         self.max_broken_share = max_broken_share
         self.val_share = val_share
         self.sampling = sampling
         self.limit = limit
         self.evaluation_limit = evaluation_limit
-        self.cache = cache
-        self.photometry = photometry
         self.start_method = start_method
 
-        self.mean: list[float]
-        self.std: list[float]
         self.views: Views
         self.masks: dict[str, MaskPlan] = {}
-        self._training: TrainingPictures | None = None
+        self._training: Any = None
 
+    # ------------------------------------------------------------------ what a kind of data says
+
+    @abstractmethod
     def sources(self) -> tuple[Source, Source | None]:
         """Training data, and held-out data where there is such."""
-        raise NotImplementedError(f"{type(self).__name__} must define sources")
+
+    @abstractmethod
+    def training_samples(self, source: Source, broken: BrokenSamples) -> Any:
+        """A dataset of (epoch, index) -> sample, with `broken` and `views`; measures what has to be known of the data."""
+
+    @abstractmethod
+    def evaluation_samples(self, source: Source, broken: BrokenSamples) -> Any:
+        """A dataset of index -> sample or None where it is broken, with `broken`."""
+
+    @abstractmethod
+    def collate(self, labelled: bool, rank: int, world: int) -> Callable[[Any], Any]:
+        """Samples of this rank -> Batch, with `self.masks` drawn for it."""
+
+    @abstractmethod
+    def evaluation_collate(self) -> Callable[[list[Any]], Any]:
+        """Samples -> {"sample" (B, ...), "label" (B,) or -1, "index" (B,)}."""
+
+    def division(self, everything: Source) -> tuple[np.ndarray, np.ndarray] | None:
+        """Rows to train on and rows held out, for data without a held-out part of its own; None = nothing is held out."""
+        if everything.labels is None or self.val_share == 0 or len(everything) < 2:
+            return None
+        return split(everything, self.val_share)
+
+    def order(self, samples: Any, rank: int, world: int) -> Sampler[list[Any]]:
+        """Which samples this rank takes in which step."""
+        return EpochSampler(
+            len(samples),
+            self.batch_size,
+            rank=rank,
+            world=world,
+            seed=self.seed,
+            steps_per_epoch=self._steps_per_epoch(self.draws.size // (self.batch_size * world)),
+            steps_done=self._steps_done,
+            draws=self.draws,
+        )
+
+    def describe_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data."""
+        drawn = {} if self.drawn is None else {"sampling": self.drawn}
+        return {**drawn, "seed": self.seed, "fingerprint": self.fingerprint()}
 
     # ------------------------------------------------------------------ what there is
 
@@ -152,12 +163,15 @@ class PictureData(Recorded, pl.LightningDataModule):
         if separate is not None and everything.labels is not None:
             raise UserError(
                 "the training data has labels and the held-out data (val_path) has none. Leave val_path out, so that "
-                "a part of the training data is held out, or give the held-out pictures labels."
+                "a part of the training data is held out, or give the held-out samples labels."
             )
-        if everything.labels is not None and self.val_share > 0 and len(everything) > 1:
-            rows, held = split(everything, self.val_share)
+        division = None if separate is not None else self.division(everything)
+        if division is not None:
+            rows, held = division
             training = limited(Subset(everything, rows), self.limit)
-            return training, labelled(training), labelled(Subset(everything, held))
+            if everything.labels is not None:
+                return training, labelled(training), labelled(Subset(everything, held))
+            return training, None, limited(Subset(everything, held), self.evaluation_limit)
         training = limited(everything, self.limit)
         return training, None, limited(training if separate is None else separate, self.evaluation_limit)
 
@@ -209,18 +223,6 @@ class PictureData(Recorded, pl.LightningDataModule):
         """What an epoch draws and leaves out, in words; None where it draws every sample once."""
         return None if type(self.draws) is Draws else str(self.draws)
 
-    def describe_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the data."""
-        return {
-            **({} if self.drawn is None else {"sampling": self.drawn}),
-            "mean": self.mean,
-            "std": self.std,
-            "value_range": "type" if self.levels is None else [list(self.levels.low), list(self.levels.high)],
-            "channels": self.channels,
-            "seed": self.seed,
-            "fingerprint": self.fingerprint(),
-        }
-
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
@@ -250,92 +252,53 @@ class PictureData(Recorded, pl.LightningDataModule):
         views = views_named(views)
         if self._training is not None and views == self._training.views:
             return
-        native.available()  # compiled here, once, and not by every worker
+        if not isinstance(views, self.views_class):
+            raise UserError(
+                f"{type(self).__name__} makes views by {self.views_class.__name__}, and the method's are "
+                f"{type(views).__name__}. Set the method's views to such a recipe."
+            )
         self.views = views
-        source = self.source
+        self._training = self.training_samples(self.source, self._broken(self.source))
+
+    def _broken(self, source: Source) -> BrokenSamples:
         context = multiprocessing.get_context(self.start_method)
-        broken = BrokenPictures(source, self.max_broken_share, context)
-        if self.value_range == "data":
-            self.levels = measured_levels(source, self.channels, broken)
-        found = survey(
-            Pictures(source, self.channels, levels=self.levels), broken, NUM_SIZED if self.given else NUM_SURVEYED
-        )
-        self.mean, self.std = self.given or (found.mean, found.std)
-        capacity = int(found.bytes_per_picture * len(source) * 1.1) + 2**16
-        wanted = capacity <= AUTO_BYTES if self.cache == "auto" else self.cache
-        cache = PictureCache(len(source), capacity, context) if wanted else None
-        self._training = TrainingPictures(
-            Pictures(source, self.channels, cache, self.levels), views, broken, seed=self.seed
-        )
+        return BrokenSamples(source, self.max_broken_share, context, self.sample_word)
 
     # ------------------------------------------------------------------ loaders
 
-    def train_dataloader(self) -> PictureLoader:
-        dataset = self._prepared()
-        dataset.draws = self.draws
+    def train_dataloader(self) -> SampleLoader:
+        samples = self._prepared()
+        samples.draws = self.draws
         rank, world = self._place()
-        sampler = EpochSampler(
-            len(dataset),
-            self.batch_size,
-            rank=rank,
-            world=world,
-            seed=self.seed,
-            steps_per_epoch=self._steps_per_epoch(self.draws.size // (self.batch_size * world)),
-            steps_done=self._steps_done,
-            draws=self.draws,
-        )
-        collate = Collate(
-            self.batch_size * world,
-            dataset.pictures.source.labels is not None,
-            self._colours_in_workers(),
-            (self.mean, self.std),
-            self.masks,
-            seed=self.seed,
-            rank=rank,
-            world=world,
-        )
-        return self._loader(dataset, collate, persistent=True, batch_sampler=sampler)
+        collate = self.collate(self.source.labels is not None, rank, world)
+        return self._loader(samples, collate, persistent=True, batch_sampler=self.order(samples, rank, world))
 
-    def val_dataloader(self) -> list[PictureLoader]:
-        """The bank of labelled samples and the held-out ones; without labels only pictures, in one loader."""
+    def val_dataloader(self) -> list[SampleLoader]:
+        """The bank of labelled samples and the held-out ones; without labels only samples, in one loader."""
         self._prepared()
         _, bank, queries = self._parts
         parts = [queries] if bank is None else [limited(bank, self.evaluation_limit), queries]
         return [self._evaluation_loader(part) for part in parts]
 
-    def test_dataloader(self) -> list[PictureLoader]:
+    def test_dataloader(self) -> list[SampleLoader]:
         """As `val_dataloader`, with the whole bank."""
         self._prepared()
         _, bank, queries = self._parts
         return [self._evaluation_loader(part) for part in (bank, queries) if part is not None]
 
-    def predict_dataloader(self) -> PictureLoader:
+    def predict_dataloader(self) -> SampleLoader:
         """Every sample of the training data's path in its own order, held out or not."""
         self._prepared()
         return self._evaluation_loader(self.everything)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """What the workers left to the device: photometry, or normalisation alone."""
-        if not isinstance(batch, Batch):
-            return batch
-        for kind, x in batch.views.items():
-            if kind in batch.photometry:
-                batch.views[kind] = photometry.apply(x, batch.photometry[kind], self.mean, self.std)
-            elif x.dtype == torch.uint8:
-                batch.views[kind] = photometry.normalise(x, self.mean, self.std)
-        batch.photometry = {}
-        return batch
-
-    def _evaluation_loader(self, source: Source) -> PictureLoader:
+    def _evaluation_loader(self, source: Source) -> SampleLoader:
         """Every sample once over all ranks: rank r of R takes samples r, r + R, ..."""
         rank, world = self._place()
-        context = multiprocessing.get_context(self.start_method)
-        broken = BrokenPictures(source, self.max_broken_share, context)
-        dataset = EvaluationPictures(Pictures(source, self.channels, levels=self.levels), self.views, broken)
-        collate = CollateEvaluation(self.mean, self.std, self.views.evaluation_size)
-        return self._loader(dataset, collate, batch_size=self.batch_size, sampler=range(rank, len(source), world))
+        samples = self.evaluation_samples(source, self._broken(source))
+        order = range(rank, len(source), world)
+        return self._loader(samples, self.evaluation_collate(), batch_size=self.batch_size, sampler=order)
 
-    def _loader(self, dataset: Any, collate: Any, *, persistent: bool = False, **order: Any) -> PictureLoader:
+    def _loader(self, dataset: Any, collate: Any, *, persistent: bool = False, **order: Any) -> SampleLoader:
         workers = self._workers()
         apart: dict[str, Any] = {
             "multiprocessing_context": multiprocessing.get_context(self.start_method),
@@ -343,7 +306,7 @@ class PictureData(Recorded, pl.LightningDataModule):
             "prefetch_factor": PREFETCHED,
             "worker_init_fn": start_worker,
         }
-        return PictureLoader(
+        return SampleLoader(
             dataset,
             collate_fn=Packed(collate) if workers else collate,
             num_workers=workers,
@@ -354,7 +317,7 @@ class PictureData(Recorded, pl.LightningDataModule):
             **(apart if workers else {}),
         )
 
-    def _prepared(self) -> TrainingPictures:
+    def _prepared(self) -> Any:
         if self._training is None:
             raise UserError("the data is not prepared. Call prepare(views) before asking for loaders.")
         return self._training
@@ -372,14 +335,6 @@ class PictureData(Recorded, pl.LightningDataModule):
 
     def _device_type(self) -> str:
         return "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
-
-    def _colours_in_workers(self) -> str:
-        """How much of the photometry workers do, as `Collate` calls it. To an accelerator go 8 bits, which are a quarter
-        of the floats' memory on the way there."""
-        elsewhere = self._device_type() != "cpu"
-        if self.photometry == "device" or (self.photometry == "auto" and elsewhere):
-            return "none"
-        return "levels" if elsewhere else "float"
 
     def _workers(self) -> int:
         """On an accelerator the cores that each process has, less one, at most 16. On a CPU, where loading
@@ -403,45 +358,3 @@ def labelled(source: Source) -> Source:
 def choose(name: str, value: Any, choices: Sequence[Any]) -> None:
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
         raise UserError(f"{name} is {value!r}. Choose one of {', '.join(map(repr, choices))}.")
-
-
-def given_normalisation(normalize: Any, channels: int) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation that need no measuring, None for "data"."""
-    if normalize == "data":
-        return None
-    if normalize == "imagenet":
-        if channels != 3:
-            raise UserError(
-                f"normalize is 'imagenet', which is for 3 channels, and channels is {channels}. Use 'data'."
-            )
-        return IMAGENET["mean"], IMAGENET["std"]
-    if not isinstance(normalize, Mapping) or set(normalize) != {"mean", "std"}:
-        raise UserError(f"normalize is {normalize!r}. Use 'data', 'imagenet' or {{mean: [...], std: [...]}}.")
-    mean, std = ([float(value) for value in normalize[name]] for name in ("mean", "std"))
-    if len(mean) != channels or len(std) != channels or min(std) <= 0 or not np.isfinite([*mean, *std]).all():
-        raise UserError(
-            f"normalize has mean {mean} and std {std} for {channels} channels. Give one finite number a channel each, "
-            "std above 0, for values in [0, 1]."
-        )
-    return mean, std
-
-
-def given_levels(value_range: Any) -> Levels | None:
-    """Levels that need no measuring, None for "type" and for "data"."""
-    if isinstance(value_range, str) and value_range in ("type", "data"):
-        return None
-    mistake = UserError(
-        f"value_range is {value_range!r}. Use 'type', 'data' or [black, white], for instance [0, 4095]."
-    )
-    if not isinstance(value_range, list | tuple) or len(value_range) != 2:
-        raise mistake
-    try:
-        low, high = (
-            tuple(float(value) for value in (limit if isinstance(limit, list | tuple) else [limit]))
-            for limit in value_range
-        )
-    except (TypeError, ValueError):
-        raise mistake from None
-    if len(low) != len(high) or not low or not all(black < white for black, white in zip(low, high, strict=True)):
-        raise mistake
-    return Levels(low, high)

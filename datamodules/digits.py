@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from datamodules.base import PictureData
+from datamodules.pictures import PictureData
 from ssd.data.digits import DigitsSource
 from ssd.data.sources import Source
 

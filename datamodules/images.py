@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from datamodules.base import PictureData
+from datamodules.pictures import PictureData
 from ssd.data.groups import Grouped, check_group_by
 from ssd.data.mixture import Mixture, check_parts
 from ssd.data.sources import Source, open_source

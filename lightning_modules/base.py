@@ -43,13 +43,14 @@ class SelfDistillation(Step, pl.LightningModule):
         self._generators: list[dict[str, Tensor]] | None = None
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
-        if self.samples_per_step not in (0, batch.total):
+        varying = getattr(self.trainer.datamodule, "batches_vary", False)
+        if not varying and self.samples_per_step not in (0, batch.total):
             raise UserError(
                 f"the checkpoint belongs to a run of {self.samples_per_step} samples a step; this run has {batch.total}, so "
                 f"it would not see the same batches. Set data.batch_size to {self.samples_per_step} divided by the number "
                 "of processes, or start a new run from its weights (backbone.weights)."
             )
-        self.samples_per_step = batch.total
+        self.samples_per_step = 0 if varying else batch.total
         every = self.trainer.log_every_n_steps
         wanted = every > 0 and (self.step + 1) % every == 0
         strategy = self.trainer.strategy
@@ -189,7 +190,7 @@ class SelfDistillation(Step, pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Frozen features of one evaluation batch. {"features": (B, D), "labels": (B,), "index": (B,)}"""
-        features = self.evaluated_backbone(batch["picture"]).pooled()
+        features = self.evaluated_backbone(batch["sample"]).pooled()
         return {"features": features.float(), "labels": batch["label"], "index": batch["index"]}
 
     test_step = validation_step

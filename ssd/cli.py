@@ -237,7 +237,7 @@ def command_class():
     from ssd.weights.checkpoint import read_checkpoint, strict_load
 
     import_choices()
-    from datamodules.base import PictureData
+    from datamodules.base import SampleData
     from lightning_modules.base import SelfDistillation
 
     class Parser(RaisesReports, LightningArgumentParser):
@@ -250,7 +250,7 @@ def command_class():
             self.verb = verb
             super().__init__(
                 SelfDistillation,
-                PictureData,
+                SampleData,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 save_config_callback=RunConfig,  # type: ignore[arg-type]
@@ -420,9 +420,13 @@ def check_trainer(trainer: Any) -> None:
 
 
 def check_view_sizes(model: Any) -> None:
-    """Raises UserError for views that a transformer's patches do not divide, which would be padded in every step."""
+    """Raises UserError for views that the backbone does not take, or that a transformer's patches do not divide, which
+    would be padded in every step."""
     from ssd.backbones.vit import ViT
+    from ssd.views.view import PictureViews
 
+    if not isinstance(model.views, PictureViews):
+        return
     for name, part in model.named_modules():
         if not isinstance(part, ViT):
             continue

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message alone, without a traceback, and exits with status 2.
     """
+
+
+class BrokenSample(Exception):
+    """A sample that cannot be read; the message says why. Data counts it and goes on with another."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssd.batch import Batch
 from ssd.benchmarks.paired import Pair, compare
-from ssd.data.broken import BrokenPictures
+from ssd.data.broken import BrokenSamples
 from ssd.data.cache import Pictures
 from ssd.data.dataset import Collate, TrainingPictures, view_major
 from ssd.data.pictures import decode
@@ -84,7 +84,7 @@ class Ours:
 
     def __init__(self, files: Sequence[bytes], views: DINOViews, colours: str = "float"):
         source = Files(files)
-        broken = BrokenPictures(source, 0.0, multiprocessing.get_context())
+        broken = BrokenSamples(source, 0.0, multiprocessing.get_context())
         self.pictures = TrainingPictures(Pictures(source, 3), views, broken, seed=0)
         self.places = [(0, index) for index in range(len(files))]
         self.collate = Collate(len(files), labelled=False, colours=colours, normalisation=(MEAN, STD))

@@ -2,9 +2,9 @@
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssd.batch import Batch
-from ssd.data.broken import UNREADABLE, BrokenPictures
+from ssd.data.broken import UNREADABLE, BrokenSamples, readable
 from ssd.data.cache import Pictures
 from ssd.data.parcel import Parcel
 from ssd.data.sampler import Draws
@@ -21,7 +21,7 @@ from ssd.masking.batch import MaskPlan
 from ssd.views import photometry
 from ssd.views.geometry import crop_into, empty_views, evaluation_picture
 from ssd.views.parameters import ViewDraws
-from ssd.views.view import Views
+from ssd.views.view import PictureViews
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**30
@@ -30,10 +30,10 @@ CHUNK_BYTES = 2**23  # decoded pictures that wait for their views to be drawn; t
 
 @dataclass
 class Samples:
-    """The views of B pictures, uint8, with what was drawn for them; view-major like `Batch`."""
+    """The views of B pictures or clips, uint8, with what was drawn for them; view-major like `Batch`."""
 
-    views: dict[str, Tensor]  # kind -> (V, B, C, h, w)
-    boxes: dict[str, np.ndarray]  # kind -> (B, V, 5)
+    views: dict[str, Tensor]  # kind -> (V, B, C, h, w) or (V, B, C, T, h, w)
+    boxes: dict[str, np.ndarray]  # kind -> (B, V, 5), of clips (B, V, 7)
     photometry: dict[str, np.ndarray]  # kind -> (B, V, P)
     index: list[int]
     label: list[int]
@@ -50,7 +50,7 @@ class TrainingPictures(Dataset[Samples]):
     """
 
     def __init__(
-        self, pictures: Pictures, views: Views, broken: BrokenPictures, *, seed: int, draws: Draws | None = None
+        self, pictures: Pictures, views: PictureViews, broken: BrokenSamples, *, seed: int, draws: Draws | None = None
     ):
         self.pictures, self.views, self.broken, self.seed = pictures, views, broken, seed
         self.draws = draws or Draws(len(pictures))
@@ -70,7 +70,7 @@ class TrainingPictures(Dataset[Samples]):
         boxes: list[dict[str, np.ndarray]] = []
         waiting: list[np.ndarray] = []
         for number, place in enumerate(places, start=1):
-            found, picture = self._readable(*place)
+            found, picture = readable(self.pictures.__getitem__, self.broken, self.draws, self.seed, *place)
             seen.append(found)
             waiting.append(picture)
             if number < len(places) and sum(picture.nbytes for picture in waiting) < CHUNK_BYTES:
@@ -88,21 +88,6 @@ class TrainingPictures(Dataset[Samples]):
             seen,
             [self.pictures.source.label(index) for index in seen],
             getattr(places, "step", 0),
-        )
-
-    def _readable(self, epoch: int, index: int, turn: int = 0) -> tuple[int, np.ndarray]:
-        try:
-            return index, self.pictures[index]
-        except UNREADABLE as error:
-            self.broken.add(index, error)
-        for candidate in self.draws.following(self.seed, epoch, index, turn).tolist():
-            try:
-                return candidate, self.pictures[candidate]
-            except UNREADABLE as error:
-                self.broken.add(candidate, error)
-        raise UserError(
-            "none of the pictures that this epoch draws can be read. Mend or remove the ones that were named, or draw more "
-            "of the data (data.sampling)."
         )
 
 
@@ -130,12 +115,14 @@ class Collate:
     rank: int = 0
     world: int = 1
 
+    apply: ClassVar[Callable[..., Tensor]] = staticmethod(photometry.apply)
+
     def __call__(self, samples: Samples) -> Batch:
         views = samples.views
         colours = {kind: view_major(table) for kind, table in samples.photometry.items()}
         if self.colours != "none":
             mean, std = self.normalisation if self.colours == "float" and self.normalisation else (None, None)
-            views = {kind: photometry.apply(x, colours[kind], mean, std) for kind, x in views.items()}
+            views = {kind: self.apply(x, colours[kind], mean, std) for kind, x in views.items()}
             colours = {}
         return Batch(
             views=views,
@@ -159,7 +146,7 @@ def view_major(table: np.ndarray) -> Tensor:
 class EvaluationPictures(Dataset[dict[str, Any] | None]):
     """The evaluation look at each picture, as the view recipe says; None where the picture is broken."""
 
-    def __init__(self, pictures: Pictures, views: Views, broken: BrokenPictures):
+    def __init__(self, pictures: Pictures, views: PictureViews, broken: BrokenSamples):
         self.pictures, self.views, self.broken = pictures, views, broken
 
     def __len__(self) -> int:
@@ -172,12 +159,12 @@ class EvaluationPictures(Dataset[dict[str, Any] | None]):
             self.broken.add(index, error)
             return None
         look = evaluation_picture(picture, self.views.evaluation_size, self.views.evaluation_crop)
-        return {"picture": look, "label": self.pictures.source.label(index), "index": index}
+        return {"sample": look, "label": self.pictures.source.label(index), "index": index}
 
 
 @dataclass(frozen=True)
 class CollateEvaluation:
-    """-> {"picture": (B, C, h, w) float32 normalised, "label": (B,) or -1, "index": (B,)}, int64.
+    """-> {"sample": (B, C, h, w) float32 normalised, "label": (B,) or -1, "index": (B,)}, int64.
 
     Broken pictures are left out, so that no other counts twice; a batch may come out shorter, or empty.
     """
@@ -189,15 +176,15 @@ class CollateEvaluation:
     def __call__(self, samples: list[dict[str, Any] | None]) -> dict[str, Tensor]:
         whole = [s for s in samples if s is not None]
         empty = torch.zeros(0, len(self.mean), self.size, self.size, dtype=torch.uint8)
-        pictures = torch.stack([s["picture"] for s in whole]) if whole else empty
+        pictures = torch.stack([s["sample"] for s in whole]) if whole else empty
         return {
-            "picture": photometry.normalise(pictures, self.mean, self.std),
+            "sample": photometry.normalise(pictures, self.mean, self.std),
             "label": torch.tensor([s["label"] for s in whole], dtype=torch.int64),
             "index": torch.tensor([s["index"] for s in whole], dtype=torch.int64),
         }
 
 
-class PictureLoader(DataLoader):
+class SampleLoader(DataLoader):
     """A DataLoader that unpacks parcels, and gives a user's error from a worker as if it came from here, bare.
 
     It can be resumed and has no state for that: the position of its sampler follows from the steps done.
@@ -216,7 +203,7 @@ class PictureLoader(DataLoader):
 class Received:
     """An iterator over batches as they were packed; errors come without the worker's traceback."""
 
-    def __init__(self, batches, broken: BrokenPictures):
+    def __init__(self, batches, broken: BrokenSamples):
         self.batches, self.broken = batches, broken
 
     def __iter__(self):

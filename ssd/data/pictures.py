@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ssd.errors import BrokenSample
+
 try:
     import simplejpeg
 except ImportError:
@@ -20,7 +22,7 @@ EXIF_ORIENTATION = 0x0112
 LUMA = np.array([19595, 38470, 7471], dtype=np.uint32)
 
 
-class BrokenPicture(Exception):
+class BrokenPicture(BrokenSample):
     """These bytes are no picture that can be read; the message says why."""
 
 

@@ -74,7 +74,7 @@ class Places(list[tuple[int, ...]]):
     """The places of one batch, and which step of the run it is for.
 
     A place is `(epoch, index)`, or `(epoch, index, turn)` for a sample that the epoch has drawn `turn` times before,
-    whose views are to be others.
+    whose views are to be others; samplers may put more behind that.
     """
 
     def __init__(self, places: Iterable[tuple[int, ...]], step: int):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssd.data.broken import UNREADABLE, BrokenPictures
+from ssd.data.broken import UNREADABLE, BrokenSamples
 from ssd.data.cache import Pictures
 from ssd.data.pictures import Levels, MeasuredLevels
 from ssd.data.randomness import generator
@@ -27,7 +27,7 @@ class Survey:
     bytes_per_picture: float
 
 
-def survey(pictures: Pictures, broken: BrokenPictures, count: int = NUM_SURVEYED) -> Survey:
+def survey(pictures: Pictures, broken: BrokenSamples, count: int = NUM_SURVEYED) -> Survey:
     """Of up to `count` pictures, chosen by a fixed shuffle; broken ones are passed over and counted.
 
     Raises UserError where too many are broken.
@@ -68,7 +68,7 @@ def normalisation(mean: np.ndarray, square: np.ndarray) -> tuple[list[float], li
     return (mean / 255).tolist(), (np.sqrt(variance) / 255).tolist()
 
 
-def measured_levels(source: Source, channels: int, broken: BrokenPictures) -> Levels | None:
+def measured_levels(source: Source, channels: int, broken: BrokenSamples) -> Levels | None:
     """The range of values of up to 200 pictures, chosen by a fixed shuffle; None where all have 8 bits."""
     levels = MeasuredLevels()
     pictures = Pictures(source, channels, levels=levels)

@@ -30,7 +30,7 @@ def extract(
 ) -> Features:
     """`embed` of every picture, on the CPU, in order of index.
 
-    The loader gives {"picture" (B, ...), "label" (B,), "index" (B,)}. Pictures go to `device`, where
+    The loader gives {"sample" (B, ...), "label" (B,), "index" (B,)}. Pictures go to `device`, where
     `embed` (B, ...) -> (B, D) runs without gradient; a module runs in eval mode and is put back. `precision`
     is one of Lightning's names. `progress` is the text beside a bar, None for no bar. Under several
     processes each gives the samples of its own loader and all get the whole.
@@ -45,7 +45,7 @@ def extract(
     try:
         with torch.no_grad(), torch.autocast(device.type, AUTOCAST[precision], enabled=AUTOCAST[precision] is not None):
             for batch in track(loader, progress or "", disable=progress is None):
-                features = embed(batch["picture"].to(device, non_blocking=True))
+                features = embed(batch["sample"].to(device, non_blocking=True))
                 parts.append(Features(features.float(), batch["label"].to(device), batch["index"].to(device)))
     finally:
         for part, mode in modes:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import inspect
 import os
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -51,8 +52,10 @@ def import_choices() -> None:
 
 
 def subclasses(cls: type) -> list[type]:
+    """Those that can be built, at any depth."""
     below: list[type] = type.__subclasses__(cls)
-    return [found for sub in below for found in [sub, *subclasses(sub)]]
+    found = [found for sub in below for found in [sub, *subclasses(sub)]]
+    return [sub for sub in dict.fromkeys(found) if not inspect.isabstract(sub)]
 
 
 # ---------------------------------------------------------------------- configs and data
@@ -112,11 +115,13 @@ def spelled_out(views: Any) -> Any:
     """The settings of a recipe that is named, so that some of them can be typed; anything else as it is."""
     from ssd.record import describe
     from ssd.views.recipes import RECIPES
+    from ssd.views.view import PictureViews
 
     if not isinstance(views, str) or views not in RECIPES:
         return views
-    record = describe(RECIPES[views])
-    if record["init_args"]["evaluation_size"] == RECIPES[views].image_size:
+    recipe = RECIPES[views]
+    record = describe(recipe)
+    if isinstance(recipe, PictureViews) and recipe.evaluation_size == recipe.image_size:
         record["init_args"]["evaluation_size"] = None  # follows the views
     return record
 
@@ -154,11 +159,11 @@ def read_config(path: Path) -> dict[str, Any]:
 def data_arguments(value: str) -> list[str]:
     """`--data` takes a class name, a data config, or a path whose kind decides the class."""
     import_choices()
-    from datamodules.base import PictureData
+    from datamodules.base import SampleData
     from ssd.data.shards import is_remote
     from ssd.data.sources import COLLECTIONS
 
-    names = sorted(cls.__name__ for cls in subclasses(PictureData))
+    names = sorted(cls.__name__ for cls in subclasses(SampleData))
     if value in names:
         return ["--data", value]
     is_config = value.endswith((".yaml", ".yml"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ssd.data.broken import BrokenPictures
+from ssd.data.broken import BrokenSamples
 from ssd.data.cache import Pictures
 from ssd.data.checks import findings as say
 from ssd.data.checks.crops import Enlargement, enlargements
@@ -24,7 +24,7 @@ from ssd.data.statistics import measured_levels
 from ssd.errors import UserError
 from ssd.summary import check_json, check_writable, console, write_json
 from ssd.verbs.arguments import Parser, at_least_one, split_data
-from ssd.verbs.loading import typed_data
+from ssd.verbs.loading import check_pictures, typed_data
 from ssd.views.view import Views
 
 TRAINING, HELD_OUT, AGAINST = "training", "held-out", "other"
@@ -40,6 +40,7 @@ def run(argv: list[str]) -> int:
     if arguments.out is not None and not arguments.out.lower().endswith(LIST_SUFFIXES):
         raise UserError(f"--out {arguments.out} has no ending of a list. Use one of {', '.join(LIST_SUFFIXES)}.")
     data, views = typed_data(chosen, "check-data")
+    check_pictures(data, "check-data")
     workers = cores() if arguments.workers is None else arguments.workers
 
     parts, findings = parts_of(data, arguments.against)
@@ -140,7 +141,7 @@ def look_at(data: Any, parts: dict[str, Source], limit: int | None, workers: int
     context = multiprocessing.get_context(data.start_method)
     if data.value_range == "data":
         source = parts[TRAINING]
-        data.levels = measured_levels(source, data.channels, BrokenPictures(source, 1.0, context))
+        data.levels = measured_levels(source, data.channels, BrokenSamples(source, 1.0, context))
     return {
         name: examine(
             Pictures(limited(source, limit), data.channels, levels=data.levels), workers, context, f"{name} pictures"
@@ -176,7 +177,7 @@ def try_loading(data: Any, views: Views, training: Examined, wanted_s: float) ->
         data.num_workers = workers
         return data.train_dataloader()
 
-    named = logging.getLogger(BrokenPictures.__module__)
+    named = logging.getLogger(BrokenSamples.__module__)
     level = named.level
     named.setLevel(logging.ERROR)  # each broken picture is in the findings
     try:

@@ -30,11 +30,10 @@ def load_data(arguments: list[str], about: dict[str, Any], verb: str) -> Any:
         key = word.partition("=")[0]
         if key in ("--data.channels", "--data.normalize", "--data.value_range"):
             raise UserError(f"{key} is the checkpoint's own, as in its training. Leave it out.")
-    own = {
-        "channels": about["channels"],
-        "normalize": {"mean": about["mean"], "std": about["std"]},
-        "value_range": about["value_range"],
-    }
+    own: dict[str, Any] = {}
+    if "mean" in about:
+        own = {"channels": about["channels"], "normalize": {"mean": about["mean"], "std": about["std"]}}
+        own |= {"value_range": about["value_range"]} if "value_range" in about else {}
     data, _ = parsed(arguments, verb, stored=about.get("data"), own=own)
     if data is None:
         raise UserError(f"the checkpoint does not say which data it learned from. ssd {verb} needs --data.")
@@ -56,6 +55,14 @@ def typed_data(arguments: list[str], verb: str) -> tuple[Any, Views]:
     return data, views_named(views)
 
 
+def check_pictures(data: Any, verb: str) -> None:
+    """Raises UserError for data that is no pictures, which a verb does not know how to show or to judge."""
+    from datamodules.pictures import PictureData
+
+    if not isinstance(data, PictureData):
+        raise UserError(f"ssd {verb} is for pictures, and the data is {type(data).__name__}. Give it data of pictures.")
+
+
 def parsed(
     arguments: list[str], verb: str, stored: dict[str, Any] | None = None, own: dict[str, Any] | None = None
 ) -> tuple[Any, Any]:
@@ -67,7 +74,7 @@ def parsed(
     """
     from jsonargparse import ArgumentParser
 
-    from datamodules.base import PictureData
+    from datamodules.base import SampleData
     from ssd.verbs.arguments import expand, import_choices, spelled_out
     from ssd.verbs.settings import BadSetting, RaisesReports, setting_message
 
@@ -77,7 +84,7 @@ def parsed(
     import_choices()
     parser = Parser(prog=f"ssd {verb}")
     parser.add_argument("--config", action="config")
-    parser.add_subclass_arguments(PictureData, "data")
+    parser.add_subclass_arguments(SampleData, "data")
     if own is None:
         parser.add_argument("--views", type=str | Views)
     first = {} if stored is None else {"data": stored}
@@ -89,7 +96,8 @@ def parsed(
         config = parser.parse_args(words)
         if config.data is not None:
             for name, value in (own or {}).items():
-                config.data.init_args[name] = value
+                if name in config.data.init_args:  # sounds have no channels
+                    config.data.init_args[name] = value
         made = parser.instantiate_classes(config)
     except BadSetting as error:
         raise UserError(setting_message(str(error), verb)) from None

@@ -10,7 +10,7 @@ from ssd.errors import UserError
 from ssd.record import build
 from ssd.summary import check_json, check_writable, console, write_json
 from ssd.verbs.arguments import Parser, at_least_one, split_data
-from ssd.verbs.loading import load_data, typed_data
+from ssd.verbs.loading import check_pictures, load_data, typed_data
 from ssd.views.parameters import Box
 from ssd.views.sheet import CELL, sheet
 from ssd.weights.checkpoint import read_checkpoint
@@ -82,6 +82,7 @@ def data_of(checkpoint: str | None, chosen: list[str]) -> Any:
     """
     if checkpoint is None:
         data, views = typed_data(chosen, "look")
+        check_pictures(data, "look")
         # taken out again on the sheet, so that nothing has to be measured
         data.given = data.given or ([0.5] * data.channels, [0.25] * data.channels)
         data.prepare(views)
@@ -92,6 +93,7 @@ def data_of(checkpoint: str | None, chosen: list[str]) -> Any:
         )
     about = read_checkpoint(checkpoint)["ssd"]
     data = load_data(chosen, about, "look")
+    check_pictures(data, "look")
     # the grid of tokens is the network's; the slices of a step are none of a sheet's
     data.masks = {name: replace(plan, slices=1) for name, plan in build(about["method"]).mask_plans().items()}
     return data

@@ -100,7 +100,7 @@ def missing_section(names: str, verb: str) -> str:
     if verb == "fit":
         return (
             f"ssd fit needs {lacking}. For instance: ssd fit --config method/dino_small --data FOLDER. ssd methods lists "
-            "methods, and --data takes a folder of pictures, a list, a Parquet file, or Digits."
+            "methods, and --data takes a folder of pictures, clips or sounds, a list, a Parquet file, or Digits."
         )
     return f"ssd {verb} needs {lacking}, which a checkpoint knows: ssd {verb} --ckpt_path FILE"
 
@@ -152,10 +152,10 @@ def abstract_hint(keys: list[str], report: str) -> str:
 
 
 def roots() -> dict[str, type]:
-    from datamodules.base import PictureData
+    from datamodules.base import SampleData
     from lightning_modules.base import SelfDistillation
 
-    return {"model": SelfDistillation, "data": PictureData}
+    return {"model": SelfDistillation, "data": SampleData}
 
 
 def classes_at(keys: list[str]) -> list[type]:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssd.errors import UserError
-from ssd.views.view import View, Views, check_scale, check_size, keep_as_tuples
+from ssd.views.view import PictureViews, View, Views, check_scale, check_size, keep_as_tuples
 
 
 @dataclass(frozen=True, kw_only=True)
-class DINOViews(Views):
+class DINOViews(PictureViews):
     """Two large global views and several small local ones of every picture.
 
     Defaults are those of the published code. The published ViTs use 10 local views, split at .25 of the
@@ -106,7 +106,7 @@ class DINOViews(Views):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainViews(Views):
+class PlainViews(PictureViews):
     """One view: the largest centred square of the picture, resized, colours as they are.
 
     Args:

@@ -1,8 +1,9 @@
 """What a view is: the settings of one look at a picture, and of all the looks that make a sample."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ssd.errors import UserError
 
@@ -58,9 +59,20 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """All views of a sample, by kind, and how a picture is looked at when it is evaluated.
+    """All views of a sample, by kind, and how a sample is looked at when it is evaluated.
 
-    Derive from this to make a recipe: its settings are fields and `kinds` turns them into views.
+    Base of the recipes of every modality. Derive from one of them to make a recipe: its settings are fields and
+    `kinds` turns them into views.
+    """
+
+    def kinds(self) -> Mapping[str, tuple[Any, ...]]:
+        """Name of the kind -> its views, one size a kind; a kind without views is absent."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which views it has: define `kinds`.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureViews(Views):
+    """Views that are pictures, or pictures over time.
 
     Args:
         evaluation_size: side of the square evaluation picture, px; None = `image_size`. It is settled when
@@ -85,10 +97,6 @@ class Views:
                     "A kind is one tensor: give it one or more views of one size."
                 )
 
-    def kinds(self) -> dict[str, tuple[View, ...]]:
-        """Name of the kind -> its views, one size a kind; a kind without views is absent."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which views it has: define `kinds`.")
-
     @property
     def image_size(self) -> int:
         """Side of the largest view, px."""
@@ -111,6 +119,11 @@ def is_number(value: object) -> bool:
 def check_size(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name} is {value!r}. Give a whole number of pixels, 1 or more.")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name} is {value!r}. Give a whole number, {least} or more.")
 
 
 def check_between(name: str, value: float, low: float, high: float) -> None:

@@ -23,7 +23,7 @@ class Embedder(pl.LightningModule):
         self.factor[int((self.factor == 0).sum())] = 0
 
     def validation_step(self, batch, batch_index, dataloader_idx=0):
-        return {"features": self.factor * batch["picture"], "labels": batch["label"], "index": batch["index"]}
+        return {"features": self.factor * batch["sample"], "labels": batch["label"], "index": batch["index"]}
 
     def log(self, name, value, **settings):
         self.logged.append((name, value))
@@ -35,7 +35,7 @@ class Embedder(pl.LightningModule):
 
 def loader(features, labels, order=None, size=16):
     rows = torch.arange(len(labels)) if order is None else order
-    samples = [{"picture": features[i], "label": labels[i], "index": i} for i in rows]
+    samples = [{"sample": features[i], "label": labels[i], "index": i} for i in rows]
     return DataLoader(samples, batch_size=size)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from ssd.batch import Batch
-from ssd.data.broken import BrokenPictures
+from ssd.data.broken import BrokenSamples
 from ssd.data.cache import PictureCache, Pictures
 from ssd.data.dataset import Collate, CollateEvaluation, EvaluationPictures, TrainingPictures
 from ssd.data.folder import FolderSource
@@ -32,7 +32,7 @@ VIEWS = DINOViews(global_size=16, local_count=3, local_size=8)
 
 
 def training(source, *, max_share=0.5, seed=1, cache=None, channels=3):
-    broken = BrokenPictures(source, max_share, CONTEXT)
+    broken = BrokenSamples(source, max_share, CONTEXT, "picture")
     return TrainingPictures(Pictures(source, channels, cache), VIEWS, broken, seed=seed)
 
 
@@ -111,13 +111,13 @@ def test_evaluation_shows_every_whole_picture_once_and_leaves_broken_ones_out(fo
     write(folder / "03.png", b"nothing")
     source = FolderSource(folder)
     views = PlainViews(size=8)
-    broken = BrokenPictures(source, 0.2, CONTEXT)
+    broken = BrokenSamples(source, 0.2, CONTEXT)
     dataset = EvaluationPictures(Pictures(source, 3), views, broken)
     collate = CollateEvaluation([0.5] * 3, [0.25] * 3, 8)
     batch = collate([dataset[index] for index in range(12)])
     assert batch["index"].tolist() == [i for i in range(12) if i != 3] and len(broken) == 1
-    assert batch["picture"].shape == (11, 3, 8, 8) and batch["picture"].dtype == torch.float32
-    assert collate([dataset[3]])["picture"].shape == (0, 3, 8, 8)
+    assert batch["sample"].shape == (11, 3, 8, 8) and batch["sample"].dtype == torch.float32
+    assert collate([dataset[3]])["sample"].shape == (0, 3, 8, 8)
 
 
 # ---------------------------------------------------------------- broken pictures
@@ -177,7 +177,7 @@ def test_a_folder_of_words_is_told_as_such(tmp_path):
 
 def test_the_share_is_between_0_and_1(folder):
     with pytest.raises(UserError, match="max_broken_share is 5"):
-        BrokenPictures(FolderSource(folder), 5, CONTEXT)
+        BrokenSamples(FolderSource(folder), 5, CONTEXT)
 
 
 # ---------------------------------------------------------------- statistics
@@ -186,7 +186,7 @@ def test_the_share_is_between_0_and_1(folder):
 def test_statistics_are_those_of_all_pixels_with_every_picture_counting_alike(folder):
     source = FolderSource(folder)
     pictures = Pictures(source, 3)
-    found = survey(pictures, BrokenPictures(source, 0.5, CONTEXT))
+    found = survey(pictures, BrokenSamples(source, 0.5, CONTEXT))
     values = [pictures[i].reshape(-1, 3) / 255 for i in range(12)]
     mean = np.mean([v.mean(0) for v in values], 0)
     variance = np.mean([(v**2).mean(0) for v in values], 0) - mean**2
@@ -194,7 +194,7 @@ def test_statistics_are_those_of_all_pixels_with_every_picture_counting_alike(fo
     np.testing.assert_allclose(found.mean, mean, rtol=1e-6)
     np.testing.assert_allclose(found.std, np.sqrt(variance), rtol=1e-6)
     assert found.bytes_per_picture == np.mean([pictures[i].nbytes for i in range(12)])
-    assert found == survey(pictures, BrokenPictures(source, 0.5, CONTEXT)), "nothing random in it"
+    assert found == survey(pictures, BrokenSamples(source, 0.5, CONTEXT)), "nothing random in it"
 
 
 def test_broken_pictures_do_not_enter_statistics_and_blank_ones_have_a_spread(tmp_path):
@@ -202,7 +202,7 @@ def test_broken_pictures_do_not_enter_statistics_and_blank_ones_have_a_spread(tm
         write(tmp_path / f"{number}.png", encoded(np.full((4, 4), 100, np.uint8)))
     write(tmp_path / "x.png", b"words")
     source = FolderSource(tmp_path)
-    broken = BrokenPictures(source, 0.2, CONTEXT)
+    broken = BrokenSamples(source, 0.2, CONTEXT)
     found = survey(Pictures(source, 1), broken)
     assert len(broken) == 1
     assert found.mean == [pytest.approx(100 / 255)] and found.std == [pytest.approx(1 / 255)]

@@ -61,7 +61,7 @@ def test_a_run_from_rgb_weights_on_other_channels_and_a_look_at_it_again(tmp_pat
     again, about = load_module(tmp_path / "run" / "checkpoints" / "last.ckpt")
     bank, queries = features_of(again.evaluated_backbone, load_data([], about, "probe"), ["knn"], "", device="cpu")
     assert len(bank.labels) == 36 and len(queries.labels) == 4 and bank.features.isfinite().all()
-    pictures = next(iter(data.test_dataloader()[0]))["picture"]
+    pictures = next(iter(data.test_dataloader()[0]))["sample"]
     with torch.no_grad():
         expected = module.eval().evaluated_backbone(pictures).pooled()
     torch.testing.assert_close(bank.features[: len(pictures)], expected, atol=1e-5, rtol=1e-5)

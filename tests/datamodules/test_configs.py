@@ -7,7 +7,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from datamodules.base import PictureData
+from datamodules.base import SampleData
 from datamodules.digits import Digits
 from datamodules.images import Images
 from ssd.record import build
@@ -22,7 +22,8 @@ def test_each_data_config_builds_and_says_only_what_differs(path):
     assert set(config) == {"data"}
     cls = CLASSES[config["data"]["class_path"]]
     given = config["data"].get("init_args", {})
-    defaults = {**signature(Images.__mro__[1]), **signature(cls)}
+    bases = [base for base in reversed(cls.__mro__) if issubclass(base, SampleData)]
+    defaults = {name: value for base in bases for name, value in signature(base).items()}
     assert all(name in defaults and defaults[name] != value for name, value in given.items())
     data = build({"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": given})
     assert data.record()["init_args"] == given
@@ -45,7 +46,7 @@ def signature(cls) -> dict:
 )
 def test_settings_arrive_from_a_command_line_as_they_are_meant(typed, arguments):
     parser = ArgumentParser()
-    parser.add_subclass_arguments(PictureData, "data")
+    parser.add_subclass_arguments(SampleData, "data")
     config = parser.parse_args(["--data", "Images", "--data.path", "somewhere", *typed])
     given = parser.instantiate_classes(config).data.record()["init_args"]
     assert given["path"] == "somewhere" and arguments.items() <= given.items()

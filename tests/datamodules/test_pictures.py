@@ -10,9 +10,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from datamodules.base import PictureData
 from datamodules.digits import Digits
 from datamodules.images import Images
+from datamodules.pictures import PictureData
 from ssd.batch import Batch, map_tensors
 from ssd.data.pictures import decode
 from ssd.errors import UserError
@@ -162,7 +162,7 @@ def test_an_evaluation_batch_is_the_recipes_look_normalised(folder):
     for place, index in enumerate(batch["index"].tolist()):
         look = evaluation_picture(decode(source.open(index)), VIEWS.evaluation_size, VIEWS.evaluation_crop)
         mean, std = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
-        torch.testing.assert_close(batch["picture"][place], (look / 255 - mean) / std, atol=1e-5, rtol=0)
+        torch.testing.assert_close(batch["sample"][place], (look / 255 - mean) / std, atol=1e-5, rtol=0)
         assert batch["label"][place] == source.label(index)
     assert len(bank.dataset) == 36
 
@@ -233,7 +233,7 @@ def test_a_worker_tells_of_too_many_broken_pictures_without_its_traceback(folder
 def test_measured_normalisation_makes_the_data_standard(folder):
     data = Images(folder, num_workers=0, batch_size=8)
     data.prepare(PlainViews(size=12))
-    pictures = torch.cat([batch["picture"] for batch in data.test_dataloader()[0]])
+    pictures = torch.cat([batch["sample"] for batch in data.test_dataloader()[0]])
     # the bank is what was measured, at its own size
     assert pictures.mean((0, 2, 3)).abs().max() < 1e-4
     assert (pictures.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-4

@@ -5,9 +5,9 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from datamodules.base import PictureData
 from datamodules.images import Images
-from ssd.data.broken import BrokenPictures
+from datamodules.pictures import PictureData
+from ssd.data.broken import BrokenSamples
 from ssd.data.cache import Pictures
 from ssd.data.clusters import Clusters, write_clusters
 from ssd.data.dataset import TrainingPictures
@@ -156,7 +156,7 @@ def test_each_draw_of_a_broken_picture_is_replaced_by_the_next_of_its_own_place(
     (parts / "scans" / "5.png").write_bytes(b"words")
     source = FolderSource(parts / "scans")
     draws = balanced.sampling.over(source)
-    dataset = TrainingPictures(Pictures(source, 3), VIEWS, BrokenPictures(source, 0.5, CONTEXT), seed=1, draws=draws)
+    dataset = TrainingPictures(Pictures(source, 3), VIEWS, BrokenSamples(source, 0.5, CONTEXT), seed=1, draws=draws)
     order = draws.order(1, 2).tolist()
     places = [place for place, index in enumerate(order) if index == 5]
     assert len(places) == 4

@@ -15,7 +15,7 @@ def batches(number, size, seed=0):
     pictures = torch.randn(number, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
     labels, index = torch.arange(number) % 3 - 1, torch.arange(number)
     rows = index.split(size)
-    return [{"picture": pictures[row], "label": labels[row], "index": row} for row in rows], pictures, labels
+    return [{"sample": pictures[row], "label": labels[row], "index": row} for row in rows], pictures, labels
 
 
 def test_features_are_those_of_the_whole_set_at_any_batch_size():

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from ssd.errors import UserError
-from ssd.verbs.arguments import data_arguments, go_on
+from ssd.record import build
+from ssd.verbs.arguments import data_arguments, go_on, spelled_out
+from ssd.views.recipes import RECIPES
 
 
 @pytest.fixture
@@ -71,3 +73,9 @@ def test_data_of_other_libraries_is_named_as_it_is(value):
 @pytest.mark.parametrize("value", ["train-{000..099}.tar", "train-*.tar"])
 def test_a_pattern_of_files_is_found_from_any_folder(folder, value):
     assert data_arguments(value) == ["--data", "Images", "--data.path", str(folder / value)]
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_that_is_spelled_out_is_the_recipe(name):
+    record = spelled_out(name)
+    assert build(record) == RECIPES[name]

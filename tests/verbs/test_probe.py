@@ -66,7 +66,7 @@ def test_other_data_is_looked_at_as_the_checkpoint_looks(run, pictures):
     assert (data.channels, data.limit, data.classes) == (1, None, ["dark", "light"])
     assert (data.mean, data.std) == (about["mean"], about["std"])
     assert data.views.evaluation_size == 16
-    picture = next(iter(data.test_dataloader()[0]))["picture"]
+    picture = next(iter(data.test_dataloader()[0]))["sample"]
     assert picture.shape[1:] == (1, 16, 16)
 
 

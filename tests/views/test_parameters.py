@@ -12,7 +12,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from ssd.views.parameters import NEUTRAL, ORDER, WARP, Box, Colour, draw, draw_many
 from ssd.views.recipes import DINOViews, PlainViews, views_named
-from ssd.views.view import View, Views
+from ssd.views.view import PictureViews, View
 
 PLACES = 2000
 CHANCE = 1e-3  # a fair draw fails one such test in a thousand; the seeds are fixed
@@ -177,7 +177,7 @@ def test_views_that_are_left_alone_hold_the_neutral_values(drawn):
 
 
 def test_strong_jitter_never_gives_a_negative_factor():
-    class Strong(Views):
+    class Strong(PictureViews):
         def kinds(self):
             return {"global": (View(size=8, jitter=(2.0, 2.0, 2.0, 0.5), jitter_prob=1.0),)}
 

@@ -7,7 +7,7 @@ import pytest
 from ssd.errors import UserError
 from ssd.record import build, describe
 from ssd.views.recipes import RECIPES, DINOViews, PlainViews, views_named
-from ssd.views.view import View, Views
+from ssd.views.view import PictureViews, View
 
 
 def test_dino_is_the_published_table():
@@ -88,7 +88,7 @@ def test_what_cannot_work_is_refused_by_the_name_the_user_wrote(settings, named)
 
 def test_views_of_one_kind_must_have_one_size():
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Mixed(Views):
+    class Mixed(PictureViews):
         def kinds(self):
             return {"global": (View(size=32), View(size=16))}
 

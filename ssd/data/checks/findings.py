@@ -44,7 +44,7 @@ def listed(names: Sequence[str], count: int) -> str:
 
 
 def broken(part: str, seen: Examined, max_share: float) -> list[Finding]:
-    """Pictures that cannot be read, and whether they are too many, as `BrokenPictures` counts them."""
+    """Pictures that cannot be read, and whether they are too many, as `BrokenSamples` counts them."""
     count, total = len(seen.reasons), len(seen)
     if not count:
         return []

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from ssd.data.broken import BrokenPictures
+from ssd.data.broken import BrokenSamples
 from ssd.data.cache import Pictures
 from ssd.data.checks import findings as say
 from ssd.data.checks.crops import TINY, enlargements, smallest_side
@@ -64,7 +64,7 @@ def test_one_bright_pixel_is_enough_not_to_be_blank(tmp_path):
 
 def test_statistics_are_those_a_run_measures(folder):
     source = FolderSource(folder)
-    measured = survey(Pictures(source, 3), BrokenPictures(source, 0.5, CONTEXT))
+    measured = survey(Pictures(source, 3), BrokenSamples(source, 0.5, CONTEXT))
     seen = look(folder)
     np.testing.assert_allclose(seen.mean, measured.mean, rtol=1e-12)
     np.testing.assert_allclose(seen.std, measured.std, rtol=1e-12)

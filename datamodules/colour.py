@@ -1,0 +1,107 @@
+"""What pictures and clips share: channels, their normalisation, and where colours are changed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from datamodules.base import SampleData, choose
+from ssd.batch import Batch
+from ssd.data.dataset import Collate
+from ssd.errors import UserError
+from ssd.views import photometry
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+class ColourData(SampleData):
+    """Samples that are looked at. A subclass sets `mean` and `std` in `training_samples`.
+
+    Args:
+        channels: of the pictures that a network sees; grey and colour are turned into one another.
+        normalize: "data" = means and standard deviations measured on a choice of samples, "imagenet", or
+            {"mean": [...], "std": [...]} in [0, 1] a channel.
+        photometry: where colours are changed: "worker", "device", or "auto" = on the device when that is
+            an accelerator.
+    """
+
+    colours_by: Any = photometry
+    """What changes colours and normalises, by `apply` and `normalise`."""
+    collate_class: type[Collate] = Collate
+
+    def __init__(
+        self,
+        *,
+        channels: int = 3,
+        normalize: str | dict[str, list[float]] = "data",
+        photometry: str = "auto",
+        **loading: Any,
+    ):
+        super().__init__(**loading)
+        if channels < 1:
+            raise UserError(f"channels is {channels}. Use 1 or more.")
+        choose("photometry", photometry, ("auto", "worker", "device"))
+        self.channels = channels
+        self.normalize = normalize
+        self.given = given_normalisation(normalize, channels)
+        self.photometry = photometry
+        self.mean: list[float]
+        self.std: list[float]
+
+    def describe_state(self) -> dict[str, Any]:
+        state = {"mean": self.mean, "std": self.std, "channels": self.channels}
+        return state | super().describe_state()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """What the workers left to the device: photometry, or normalisation alone."""
+        if not isinstance(batch, Batch):
+            return batch
+        for kind, x in batch.views.items():
+            if kind in batch.photometry:
+                batch.views[kind] = self.colours_by.apply(x, batch.photometry[kind], self.mean, self.std)
+            elif x.dtype == torch.uint8:
+                batch.views[kind] = self.colours_by.normalise(x, self.mean, self.std)
+        batch.photometry = {}
+        return batch
+
+    def collate(self, labelled: bool, rank: int, world: int) -> Collate:
+        return self.collate_class(
+            self.batch_size * world,
+            labelled,
+            self._colours_in_workers(),
+            (self.mean, self.std),
+            self.masks,
+            seed=self.seed,
+            rank=rank,
+            world=world,
+        )
+
+    def _colours_in_workers(self) -> str:
+        """How much of the photometry workers do, as `Collate` calls it. To an accelerator go 8 bits, which are a quarter
+        of the floats' memory on the way there."""
+        elsewhere = self._device_type() != "cpu"
+        if self.photometry == "device" or (self.photometry == "auto" and elsewhere):
+            return "none"
+        return "levels" if elsewhere else "float"
+
+
+def given_normalisation(normalize: Any, channels: int) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation that need no measuring, None for "data"."""
+    if normalize == "data":
+        return None
+    if normalize == "imagenet":
+        if channels != 3:
+            raise UserError(
+                f"normalize is 'imagenet', which is for 3 channels, and channels is {channels}. Use 'data'."
+            )
+        return IMAGENET["mean"], IMAGENET["std"]
+    if not isinstance(normalize, Mapping) or set(normalize) != {"mean", "std"}:
+        raise UserError(f"normalize is {normalize!r}. Use 'data', 'imagenet' or {{mean: [...], std: [...]}}.")
+    mean, std = ([float(value) for value in normalize[name]] for name in ("mean", "std"))
+    if len(mean) != channels or len(std) != channels or min(std) <= 0 or not np.isfinite([*mean, *std]).all():
+        raise UserError(
+            f"normalize has mean {mean} and std {std} for {channels} channels. Give one finite number a channel each, "
+            "std above 0, for values in [0, 1]."
+        )
+    return mean, std
