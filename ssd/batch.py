@@ -80,7 +80,8 @@ class Batch:
         total: samples in the whole step, over all slices and ranks; what losses divide by.
         label: (B,) class or -1, None where the source has none.
         masks: name of the view -> its masks over the token grid.
-        boxes: name -> (V, B, 5): left, top, width, height in source pixels, and 1 where flipped.
+        boxes: name -> (V, B, 5): left, top, width, height in source pixels, and 1 where flipped;
+            of clips (V, B, 7): also the times of the first and the last frame, s.
         photometry: name -> (V, B, P) drawn colour settings that are not applied yet.
         valid: name -> (V, B, S) True where sound is not padding.
     """
