@@ -33,12 +33,21 @@ class FolderSource:
 
     Args:
         path: the folder or the list.
+        suffixes: of the files that count, in lower case.
+        word: what they are called in messages.
         labels: of a folder: True = the first folder below `path` is the class, False = none, "auto" = the
             former where all pictures lie exactly one folder down and there are two or more such folders.
             Of a list: "auto" and True = what it says, False = none.
     """
 
-    def __init__(self, path: str | Path, labels: bool | str = "auto"):
+    def __init__(
+        self,
+        path: str | Path,
+        labels: bool | str = "auto",
+        *,
+        suffixes: tuple[str, ...] = SUFFIXES,
+        word: str = "picture",
+    ):
         if labels not in LABEL_CHOICES:
             raise UserError(f"labels is {labels!r}. Use 'auto', true (folder names are the classes) or false.")
         path = Path(path)
@@ -46,16 +55,16 @@ class FolderSource:
         groups = None
         if path.is_dir():
             self.root = str(path)
-            names = list(picture_files(self.root))
+            names = list(picture_files(self.root, suffixes))
             if not all(name.lower().endswith(".npy") for name in names):
                 # arrays beside pictures are something else: labels, features
                 names = [name for name in names if not name.lower().endswith(".npy")]
             if not names:
                 raise UserError(
-                    f"folder '{path}' holds no pictures, at no depth. Looked for files that end in "
-                    f"{', '.join(SUFFIXES)}. Is it the right folder?"
+                    f"folder '{path}' holds no {word}s, at no depth. Looked for files that end in "
+                    f"{', '.join(suffixes)}. Is it the right folder?"
                 )
-            found, self.classes = classes_of_folders(names, path, labels)
+            found, self.classes = classes_of_folders(names, path, labels, word)
         elif path.is_file():
             self.root = str(path.parent)
             if has_header(path):
@@ -63,10 +72,10 @@ class FolderSource:
                 check_files(path, table.names[:10])
                 names, given, groups = table.names, table.labels, table.groups
             else:
-                names, given = read_list(path)
+                names, given = read_list(path, suffixes)
             found, self.classes = classes_of_list(given) if labels is not False else (None, None)
         else:
-            raise UserError(f"there is no folder or list '{path}'. Give a folder of pictures or a text file of paths.")
+            raise UserError(f"there is no folder or list '{path}'. Give a folder of {word}s or a text file of paths.")
         self._names = ByteTable.of([os.fsencode(name) for name in names])
         self._labels = None if found is None else SharedArray.of(found)
         self._groups = None if groups is None else SharedArray.of(groups)
@@ -158,7 +167,7 @@ def leads_to_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def classes_of_folders(
-    names: Sequence[str], root: Path, labels: bool | str
+    names: Sequence[str], root: Path, labels: bool | str, word: str = "picture"
 ) -> tuple[np.ndarray | None, list[str] | None]:
     """Labels (N,) and classes from the first folder of each relative path, as `FolderSource` says."""
     if labels is False:
@@ -169,7 +178,7 @@ def classes_of_folders(
     if 0 in depths:
         stray = next(name for name in names if os.sep not in name)
         raise UserError(
-            f"labels: true takes the class from the folder that a picture lies in, but '{stray}' lies in '{root}' "
+            f"labels: true takes the class from the folder that a {word} lies in, but '{stray}' lies in '{root}' "
             "itself. Move it into the folder of its class, or use labels: false."
         )
     firsts = [name.partition(os.sep)[0] for name in names]
@@ -180,13 +189,13 @@ def classes_of_folders(
     return np.fromiter((number[first] for first in firsts), np.int64, len(firsts)), classes
 
 
-def read_list(path: Path) -> tuple[list[str], list[str | None]]:
+def read_list(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[str], list[str | None]]:
     """Paths and labels as written, None where a line has no label."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise UserError(f"'{path}' is not a text file. A list of pictures has one path a line, in UTF-8.") from None
-    pairs = [split_line(line) for line in lines if line.strip()]
+        raise UserError(f"'{path}' is not a text file. A list has one path a line, in UTF-8.") from None
+    pairs = [split_line(line, suffixes) for line in lines if line.strip()]
     if pairs and pairs[0][0].lower() in PATH_COLUMNS:
         pairs = pairs[1:]
     check_files(path, [name for name, _ in pairs[:10]])
@@ -204,12 +213,12 @@ def check_files(path: Path, first: Sequence[str]) -> None:
         )
 
 
-def split_line(line: str) -> tuple[str, str | None]:
-    """Path and label of one line. A comma or space parts them only where no picture's name would be cut."""
+def split_line(line: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[str, str | None]:
+    """Path and label of one line. A comma or space parts them only where no file's name would be cut."""
     line = line.strip("\r\n ")
     if "\t" in line:
         separator = "\t"
-    elif line.lower().endswith(SUFFIXES):
+    elif line.lower().endswith(suffixes):
         return line, None
     else:
         separator = "," if "," in line else " "

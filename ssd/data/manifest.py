@@ -21,7 +21,7 @@ import numpy as np
 
 from ssd.errors import UserError
 
-PATH_COLUMNS = ("path", "file", "filename", "image", "picture")
+PATH_COLUMNS = ("path", "file", "filename", "image", "picture", "clip", "video", "sound", "audio")
 COUNTS = ("height", "width", "length", "rate")
 COLUMNS = ("path", "label", "group", *COUNTS)
 
