@@ -422,10 +422,18 @@ def check_trainer(trainer: Any) -> None:
 def check_view_sizes(model: Any) -> None:
     """Raises UserError for views that the backbone does not take, or that a transformer's patches do not divide, which
     would be padded in every step."""
+    from ssd.backbones.convnet import ConvNet
     from ssd.backbones.vit import ViT
+    from ssd.views.clips import ClipViews
     from ssd.views.view import PictureViews
 
-    if not isinstance(model.views, PictureViews):
+    if isinstance(model.views, ClipViews) or not isinstance(model.views, PictureViews):
+        for name, part in model.named_modules():
+            if isinstance(part, ViT | ConvNet):
+                raise UserError(
+                    f"the views are {type(model.views).__name__} and {type(part).__name__} ({name}) takes pictures. Use views "
+                    "of pictures, or a backbone for such views."
+                )
         return
     for name, part in model.named_modules():
         if not isinstance(part, ViT):

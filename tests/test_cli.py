@@ -108,6 +108,35 @@ def test_a_folder_is_data_of_pictures_with_their_own_defaults(settings):
     assert (data["init_args"]["channels"], data["init_args"]["batch_size"]) == (3, 64)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("1.mp4", "datamodules.clips.Clips"), ("1.wav", "datamodules.sound.Sound")])
+def test_a_folder_of_clips_or_sounds_is_taken_as_such(settings, name, kind):
+    Path("media").mkdir()
+    Path("media", name).write_bytes(b"anything")
+    data = settings("fit --config tiny.yaml --data media")["data"]
+    assert data["class_path"] == kind and data["init_args"]["path"] == os.path.abspath("media")
+
+
+def test_a_method_for_pictures_says_so_of_clips(refusal):
+    Path("media").mkdir()
+    for number in range(2):
+        Path("media", f"{number}.mp4").write_bytes(b"anything")
+    said = refusal("fit --config tiny.yaml --data media")
+    assert "Clips makes views by ClipViews, and the method's are DINOViews" in said
+
+
+@pytest.mark.parametrize("verb", ["check-data", "look"])
+def test_verbs_for_pictures_say_so_of_clips(refusal, verb):
+    Path("media").mkdir()
+    Path("media", "1.mp4").write_bytes(b"anything")
+    assert f"ssd {verb} is for pictures, and the data is Clips" in refusal(f"{verb} --data media")
+
+
+@pytest.mark.parametrize(("views", "name"), [("clip", "ClipViews"), ("speech", "SoundViews")])
+def test_a_network_for_pictures_says_so_of_other_views(refusal, views, name):
+    said = refusal(f"fit --config tiny.yaml --model.views {views} --data Digits")
+    assert f"the views are {name} and" in said and "takes pictures" in said
+
+
 @pytest.mark.parametrize("typed", ["--data pets --data.batch_size 5", "--data.batch_size 5 --data=pets"])
 def test_settings_of_data_hold_before_and_after_its_choice(settings, typed):
     data = settings(f"fit --config tiny.yaml {typed}")["data"]["init_args"]

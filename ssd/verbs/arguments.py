@@ -160,6 +160,7 @@ def data_arguments(value: str) -> list[str]:
     """`--data` takes a class name, a data config, or a path whose kind decides the class."""
     import_choices()
     from datamodules.base import SampleData
+    from ssd.data.media import kind_of
     from ssd.data.shards import is_remote
     from ssd.data.sources import COLLECTIONS
 
@@ -169,7 +170,7 @@ def data_arguments(value: str) -> list[str]:
     is_config = value.endswith((".yaml", ".yml"))
     if os.path.exists(value) and not is_config:
         # whole, so that a checkpoint finds its data from any folder
-        return ["--data", "Images", "--data.path", os.path.abspath(value)]
+        return ["--data", kind_of(value), "--data.path", os.path.abspath(value)]
     if is_config or value in config_names():
         file = config_file(value)
         if "data" not in read_config(file):

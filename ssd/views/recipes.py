@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssd.errors import UserError
+from ssd.views.clips import ClipViews
+from ssd.views.sound import SoundViews
 from ssd.views.view import PictureViews, View, Views, check_scale, check_size, keep_as_tuples
 
 
@@ -141,6 +143,8 @@ RECIPES: dict[str, Views] = {
         evaluation_crop=1.0,
     ),
     "plain": PlainViews(),
+    "clip": ClipViews(),
+    "speech": SoundViews(),
 }
 
 

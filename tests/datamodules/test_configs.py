@@ -8,11 +8,13 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from datamodules.base import SampleData
+from datamodules.clips import Clips
 from datamodules.digits import Digits
 from datamodules.images import Images
+from datamodules.sound import Sound
 from ssd.record import build
 
-CLASSES = {cls.__name__: cls for cls in (Digits, Images)}
+CLASSES = {cls.__name__: cls for cls in (Clips, Digits, Images, Sound)}
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
 
 
@@ -48,5 +50,23 @@ def test_settings_arrive_from_a_command_line_as_they_are_meant(typed, arguments)
     parser = ArgumentParser()
     parser.add_subclass_arguments(SampleData, "data")
     config = parser.parse_args(["--data", "Images", "--data.path", "somewhere", *typed])
+    given = parser.instantiate_classes(config).data.record()["init_args"]
+    assert given["path"] == "somewhere" and arguments.items() <= given.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "arguments"),
+    [
+        ("Clips", ["--data.cache", "2.5", "--data.short_side", "null"], {"cache": 2.5, "short_side": None}),
+        ("Clips", ["--data.cache", "true", "--data.normalize", "imagenet"], {"cache": True, "normalize": "imagenet"}),
+        ("Clips", ["--data.cache", "auto", "--data.labels", "false"], {"cache": "auto", "labels": False}),
+        ("Sound", ["--data.batch_seconds", "30", "--data.seed", "3"], {"batch_seconds": 30.0, "seed": 3}),
+        ("Sound", ["--data.label_pattern", "(?P<label>[0-9])_"], {"label_pattern": "(?P<label>[0-9])_"}),
+    ],
+)
+def test_settings_of_clips_and_sound_arrive_as_they_are_meant(name, typed, arguments):
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(SampleData, "data")
+    config = parser.parse_args(["--data", name, "--data.path", "somewhere", *typed])
     given = parser.instantiate_classes(config).data.record()["init_args"]
     assert given["path"] == "somewhere" and arguments.items() <= given.items()
