@@ -1,8 +1,9 @@
 """The C code of this folder, compiled for this machine the first time it is asked for, by the compiler that is there.
 
 Nothing needs it: where there is no compiler, torch does the same work, more slowly, and one line says so. What is
-compiled is kept in the user's cache folder, under a name that stands for source, compiler and processor, so that
-machines that share a home each find their own. `SSD_NATIVE=0` in the environment turns it off.
+compiled is kept in the user's cache folder (`~/.cache/ssd`, or what SSD_CACHE names), under a name that stands for
+source, compiler and processor, so that machines that share a home each find their own. `SSD_NATIVE=0` in the
+environment turns it off.
 """
 
 import ctypes
@@ -89,7 +90,8 @@ def processor() -> str:
 
 def folder() -> Path:
     """Where compiled code is kept: the user's cache, or a folder of the user's own among the temporary ones."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd"
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("SSD_CACHE") or base / "ssd")
     try:
         home.mkdir(parents=True, exist_ok=True)
         if os.access(home, os.W_OK):

@@ -23,7 +23,8 @@ needs_compiler = pytest.mark.skipif(
 def fresh(monkeypatch, tmp_path):
     """A machine that has compiled nothing yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("SSD_NATIVE", raising=False)
+    for name in ("SSD_NATIVE", "SSD_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     for function in (build.library, views.functions, masks.functions):
         function.cache_clear()
     yield tmp_path / "ssd"
