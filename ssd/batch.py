@@ -58,6 +58,16 @@ class Masks:
             cut(self.weight, 0),
         )
 
+    def lifted(self) -> "Masks":
+        """The same shapes and places, with no token masked: for steps before a method begins to mask."""
+        weight = None if self.weight is None else torch.zeros_like(self.weight)
+        return dataclasses.replace(self, boolean=torch.zeros_like(self.boolean), weight=weight)
+
+    def token_weight(self) -> Tensor:
+        """`weight` of all slices in the order of `flat_in_whole`. (G * U,)"""
+        assert self.weight is not None, "masks with varying counts have weights"
+        return self.weight.flatten()
+
     def flat_in_whole(self) -> Tensor:
         """`flat` as indices into the (V, B, N) tokens of all slices together. (G * U,)"""
         assert self.flat is not None, "masks with varying counts have flat indices"

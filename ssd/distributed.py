@@ -34,14 +34,18 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
     return largest
 
 
-def mean_of_rows(rows: Tensor) -> Tensor:
-    """Mean over dim 0 of the rows of all ranks together, float32; ranks may hold unequal numbers of rows.
+def sum_of_rows(rows: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum over dim 0 of the rows of all ranks together, and their number, float32; ranks may hold unequal numbers.
 
-    (n, K) -> (K,). One reduction of K + 1 numbers.
+    (n, K), where only the rows that are `valid` (n,) count -> (K,), (). One reduction of K + 1 numbers.
     """
-    count = rows.new_full((1,), len(rows), dtype=torch.float32)
-    total = sum_over_ranks(torch.cat([rows.sum(0, dtype=torch.float32), count]))
-    return total[:-1] / total[-1]
+    if valid is None:
+        total, count = rows.sum(0, dtype=torch.float32), rows.new_full((1,), len(rows), dtype=torch.float32)
+    else:
+        total = torch.where(valid[:, None], rows, 0).sum(0, dtype=torch.float32)
+        count = valid.sum(0, keepdim=True, dtype=torch.float32)
+    both = sum_over_ranks(torch.cat([total, count]))
+    return both[:-1], both[-1]
 
 
 def gather_rows(rows: Tensor) -> Tensor:

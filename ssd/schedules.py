@@ -41,14 +41,19 @@ class Schedule:
         start: value at the beginning (for `Cosine` with a warm-up: the peak).
         end: value that is approached or reached.
         every: "step" moves always; "epoch" gives the staircase of recipes written per epoch.
+        after: for how long the schedule stands at its beginning; the rest of the run is then all that it knows of,
+            and what its shares are shares of.
     """
 
     start: float
     end: float
     every: str = "step"
+    after: Length = 0.0
 
     def value(self, step: int, total: int, steps_per_epoch: int) -> float:
         """The value in force during optimiser step `step` (from 0) of `total`."""
+        waiting = in_steps(self.after, total, steps_per_epoch)
+        step, total = max(step - waiting, 0), max(total - waiting, 1)
         if self.every == "epoch":
             step, epochs = step // steps_per_epoch, math.ceil(total / steps_per_epoch)
             return self._value(

@@ -6,7 +6,7 @@ states itself in `targets`, `losses` and `update`.
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -51,6 +51,7 @@ class StepReport:
         total: what was minimised.
         gradient_norm: L2 norm over all trained parameters before clipping.
         teacher_entropy: mean entropy of the targets `probs` in nats, where it was asked for and there are such.
+        measures: what the method's `measures` says of the targets, where it was asked for.
         not_finite: what was not finite and made the step be skipped: names of terms, "total" where only
             their sum is not, and "gradient".
         stop: whether any rank was asked to stop.
@@ -62,6 +63,7 @@ class StepReport:
     teacher_entropy: float | None
     not_finite: tuple[str, ...]
     stop: bool
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 class Step(Recorded, nn.Module):
@@ -153,6 +155,11 @@ class Step(Recorded, nn.Module):
     def update(self, targets: Targets) -> None:
         """Writes whatever is not the student's weights. Once, after the optimiser step; not on a skipped step."""
         raise NotImplementedError(f"{type(self).__name__} must define update")
+
+    def measures(self, targets: Targets) -> dict[str, Tensor]:
+        """What else is worth knowing of the targets of a logged step: scalars over this rank's samples, on the device,
+        which the report gives as their mean over ranks."""
+        return {}
 
     def optimized(self) -> list[Optimized]:
         """One entry an optimiser: the student by the engine's settings, unless a method says otherwise."""
@@ -300,18 +307,21 @@ class Step(Recorded, nn.Module):
     ) -> StepReport:
         """Sums the terms over ranks and finds out whether all is finite on all of them. The step's one wait."""
         probs = getattr(targets, "probs", None)
+        measured = {} if targets is None else self.measures(targets)
         spread = total.new_zeros(1) if probs is None else entropy(probs).mean()[None].float()
+        means = torch.stack([spread[0], *(value.detach().float() for value in measured.values())])
         parts = torch.stack([*(term.float() for term in terms.values()), total.float()])
         norm = torch.linalg.vector_norm(torch.cat(norms))
         flags = torch.cat([~parts.isfinite(), ~norm.isfinite()[None]]).float()
         stop = torch.full((1,), float(self.stop_requested), device=parts.device)
-        # the last two are alike on all ranks or a mean of each, so their sum is world_size times their mean
-        values = sum_over_ranks(torch.cat([flags, stop, parts, norm[None].float(), spread])).tolist()
+        # the norm and what follows are alike on all ranks or a mean of each, so their sum is world_size times their mean
+        values = sum_over_ranks(torch.cat([flags, stop, parts, norm[None].float(), means])).tolist()
         names = [*terms, "total", "gradient"]
         flagged = tuple(name for name, flag in zip(names, values, strict=False) if flag)
         if any(name in flagged for name in terms):
             flagged = tuple(name for name in flagged if name != "total")
-        *sums, total_sum, norm_sum, spread_sum = values[len(names) + 1 :]
+        rest = values[len(names) + 1 :]
+        sums, (total_sum, norm_sum, spread_sum, *measure_sums) = rest[: len(terms)], rest[len(terms) :]
         return StepReport(
             terms=dict(zip(terms, sums, strict=True)),
             total=total_sum,
@@ -319,6 +329,7 @@ class Step(Recorded, nn.Module):
             teacher_entropy=None if probs is None else spread_sum / world_size(),
             not_finite=flagged,
             stop=bool(values[len(names)]),
+            measures={name: value / world_size() for name, value in zip(measured, measure_sums, strict=True)},
         )
 
     # ------------------------------------------------------------------ state

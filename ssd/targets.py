@@ -6,7 +6,8 @@
 import torch
 from torch import Tensor, nn
 
-from ssd.distributed import max_over_ranks, mean_of_rows, sum_over_ranks
+from ssd.batch import Scores
+from ssd.distributed import max_over_ranks, sum_of_rows, sum_over_ranks
 from ssd.errors import UserError
 
 
@@ -30,14 +31,24 @@ class Centering(nn.Module):
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(num_prototypes))
 
-    def forward(self, logits: Tensor, temperature: float) -> Tensor:
-        """(..., K) -> (..., K) distributions."""
+    def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+        """(..., K) -> (..., K) distributions. Rows do not meet, so padding needs no mark: `valid` is what Sinkhorn needs."""
         return torch.softmax((logits.float() - self.center) / temperature, dim=-1)
 
     @torch.no_grad()
-    def update(self, logits: Tensor) -> None:
-        """c <- m c + (1 - m) mean, over the rows of all ranks. (..., K)"""
-        self.center.lerp_(mean_of_rows(logits.flatten(0, -2)), 1 - self.momentum)
+    def update(self, logits: Tensor | Scores, valid: Tensor | None = None) -> None:
+        """c <- m c + (1 - m) mean, over the rows of all ranks.
+
+        Logits (..., K), or Scores, whose mean logits are the logits of their mean feature: K numbers a row are then
+        never made. Only rows that are `valid` (...) count; the centre stays where there is none.
+        """
+        rows = logits.features if isinstance(logits, Scores) else logits
+        total, count = sum_of_rows(rows.flatten(0, -2), None if valid is None else valid.flatten())
+        mean = total / count.clamp_min(1)
+        if isinstance(logits, Scores):
+            # a sum of products stays in float32 under autocast, where a matrix product would not
+            mean = (logits.prototypes.float() * mean).sum(-1)
+        self.center.lerp_(mean, (1 - self.momentum) * (count > 0))
 
 
 class Sinkhorn(nn.Module):
@@ -51,11 +62,13 @@ class Sinkhorn(nn.Module):
         super().__init__()
         self.iterations = iterations
 
-    def forward(self, logits: Tensor, temperature: float) -> Tensor:
-        """(..., K) -> (..., K) distributions; all leading dimensions are assigned jointly."""
-        return sinkhorn_knopp(logits.flatten(0, -2), temperature, self.iterations).view(logits.shape)
+    def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+        """(..., K) -> (..., K) distributions; all leading dimensions are assigned jointly, rows that are not `valid`
+        (...) are uniform and do not count."""
+        rows = None if valid is None else valid.flatten()
+        return sinkhorn_knopp(logits.flatten(0, -2), temperature, self.iterations, rows).view(logits.shape)
 
-    def update(self, logits: Tensor) -> None:
+    def update(self, logits: Tensor | Scores, valid: Tensor | None = None) -> None:
         """Nothing: there is no memory."""
 
 
@@ -69,18 +82,24 @@ def target_by_rule(rule: str, num_prototypes: int, center_momentum: float) -> Ce
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3, valid: Tensor | None = None) -> Tensor:
     """Rows that are distributions, columns of (nearly) equal sum, over the rows of all ranks.
 
-    (n, K) -> (n, K), or (g, n, K) with g groups balanced apart. Alternately divides each prototype's
+    (n, K) -> (n, K), or (g, n, K) with g groups balanced apart. Rows that are not `valid`, (n,) or (g, n), are
+    padding: they come out uniform and the others as if they were not there. Alternately divides each prototype's
     column by its sum over all ranks' rows and each row by its sum, ending with rows. The maximum of
     each prototype over all rows is subtracted first, which changes nothing but keeps exp finite
     (Caron et al. 2020, SwAV, arXiv 2006.09882; the constants of the published loops cancel).
     """
     scores = logits.float() / temperature
-    scores = torch.exp(scores - max_over_ranks(scores.amax(-2, keepdim=True)))
+    if valid is not None:
+        scores = scores.masked_fill(~valid[..., None], -torch.inf)
+    smallest = torch.finfo(scores.dtype)
+    # where no row is valid anywhere the maximum is -inf and the sum 0, of which neither may be taken as it is
+    scores = torch.exp(scores - max_over_ranks(scores.amax(-2, keepdim=True)).clamp_min(smallest.min))
     for _ in range(iterations):
-        scores = scores / sum_over_ranks(scores.sum(-2, keepdim=True))
+        counted = scores if valid is None else scores * valid[..., None]
+        scores = scores / sum_over_ranks(counted.sum(-2, keepdim=True)).clamp_min(smallest.tiny)
         # a row that is far from every prototype's best row underflows to zeros; it stays uniform
         row = scores.sum(-1, keepdim=True)
         scores = torch.where(row > 0, scores / row, torch.full_like(scores, 1 / scores.shape[-1]))

@@ -5,6 +5,7 @@ survives `train()` of whatever holds it; in evaluation it evaluates like everyth
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +49,18 @@ class EMA(Teacher):
         student: the network to follow.
         buffers: what becomes of batch-norm statistics. "own": the teacher normalises by batch and gathers
             its own (DINO, MOKD); "average": they are averaged like parameters and the teacher evaluates.
+        without: parameters of the student itself that the teacher has no use for, and so not at all (a mask token).
     """
 
     follows = True
 
-    def __init__(self, student: nn.Module, buffers: str = "own"):
+    def __init__(self, student: nn.Module, buffers: str = "own", without: Sequence[str] = ()):
         if buffers not in ("own", "average"):
             raise UserError(f"buffers: '{buffers}' is not a policy. Use 'own' or 'average'.")
-        super().__init__(copy.deepcopy(student), trains=buffers == "own")
+        network = copy.deepcopy(student)
+        for name in without:
+            network.register_parameter(name, None)
+        super().__init__(network, trains=buffers == "own")
         self.buffers_policy = buffers
 
     @torch.no_grad()

@@ -31,6 +31,20 @@ def cross_view_cross_entropy(
     return loss / pairs
 
 
+def token_cross_entropy(student: Scores | Tensor, target: Tensor, temperature: float, *, chunk: int = 8192) -> Tensor:
+    """Cross-entropy of each token's assignment against the target of the same token.
+
+    Student scores or logits (U, K) and probabilities (U, K) -> (U,), in nats. Zhou et al. 2022, eq. 2. No more than
+    `chunk` tokens' logits are held in float32 at a time.
+    """
+    losses = []
+    for first in range(0, len(target), chunk):
+        rows = slice(first, first + chunk)
+        logits = (student[rows].logits() if isinstance(student, Scores) else student[rows]).float() / temperature
+        losses.append(torch.logsumexp(logits, dim=-1) - (target[rows] * logits).sum(-1))
+    return torch.cat(losses)
+
+
 def entropy(probs: Tensor) -> Tensor:
     """-sum p ln p over the last dimension, in nats; ln K where all prototypes are alike. (..., K) -> (...)"""
     return torch.special.entr(probs).sum(-1)

@@ -8,6 +8,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from ssd.masking.recipes import BlockMasks, InverseBlockMasks
+    from ssd.masking.scattered import ScatteredMasks
 
 SPREAD = 8  # samples among which masked crops are spread evenly
 
@@ -39,7 +40,11 @@ def strata(views: int, batch: int, share: float) -> np.ndarray:
 
 
 def wanted_tokens(
-    recipe: "BlockMasks | InverseBlockMasks", views: int, batch: int, tokens: int, rng: np.random.Generator
+    recipe: "BlockMasks | InverseBlockMasks | ScatteredMasks",
+    views: int,
+    batch: int,
+    tokens: int,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """(views, batch) number of tokens to mask in each crop, whole numbers where shares are spread evenly."""
     low, high = recipe.ratio  # type: ignore[misc]
@@ -57,7 +62,9 @@ def wanted_tokens(
     return np.where(given >= 0, np.floor(share * tokens), 0.0).T
 
 
-def most_tokens(recipe: "BlockMasks | InverseBlockMasks", views: int, batch: int, tokens: int) -> np.ndarray:
+def most_tokens(
+    recipe: "BlockMasks | InverseBlockMasks | ScatteredMasks", views: int, batch: int, tokens: int
+) -> np.ndarray:
     """(batch,) bound for sums over whole groups of samples: what is drawn lies anywhere within its group."""
     low, high = recipe.ratio  # type: ignore[misc]
     given = strata(views, batch, recipe.share)

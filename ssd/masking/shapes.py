@@ -111,8 +111,8 @@ def lowest(noise: np.ndarray, number: int) -> np.ndarray:
 
 def lowest_of_each(noise: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """(G, N) True at the `numbers` (G,) smallest of each row."""
-    limit = np.take_along_axis(np.sort(noise, axis=1), numbers[:, None] - 1, axis=1)
-    return noise <= limit
+    limit = np.take_along_axis(np.sort(noise, axis=1), np.maximum(numbers, 1)[:, None] - 1, axis=1)
+    return (noise <= limit) & (numbers > 0)[:, None]
 
 
 def in_cells(grid: tuple[int, ...], cell: int) -> tuple[int, ...]:
