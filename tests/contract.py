@@ -18,7 +18,7 @@ from ssd.distributed import rank as own_rank
 from ssd.record import build, describe
 
 STEPS, PER_EPOCH = 4, 2
-SAMPLES = 8
+SAMPLES, SEED = 8, 0
 
 
 def flat_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -52,7 +52,7 @@ def run_rank(rank: int, world: int, contract: type, poisoned: bool) -> tuple[lis
     optimizers = start(module)
     reports = []
     for step in range(STEPS):
-        batch = contract.batch(SAMPLES, step).part(rank, world)
+        batch = contract.batch_for(module, step, rank, world)
         if poisoned and step == 1 and own_rank() == 1:
             poison(batch)
         with warnings.catch_warnings():
@@ -70,7 +70,7 @@ def poison(batch: Batch) -> None:
 
 
 class MethodContract:
-    """Derive, and define `make` and `batch`.
+    """Derive, and define `make` and `batch`. Masks need no word: they are drawn as the method plans them.
 
     `tolerance` is what weights may differ by after a few steps in another order of summation.
     """
@@ -82,11 +82,18 @@ class MethodContract:
         raise NotImplementedError
 
     def batch(self, samples: int, seed: int) -> Batch:
-        """A batch of that many samples with every view the method reads."""
+        """A batch of that many samples with every view the method reads, without masks."""
         raise NotImplementedError
 
-    def batches(self) -> list[Batch]:
-        return [self.batch(SAMPLES, step) for step in range(STEPS)]
+    def batch_for(self, module: Any, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """A rank's part of step `step`, with the masks that data draws for this module: those of the whole step, cut."""
+        batch = self.batch(SAMPLES, step).part(rank, world)
+        for number, (kind, plan) in enumerate(module.mask_plans().items()):
+            batch.masks[kind] = plan.draw(len(batch), SEED, step, number, rank=rank, world=world)
+        return batch
+
+    def batches(self, module: Any) -> list[Batch]:
+        return [self.batch_for(module, step) for step in range(STEPS)]
 
     def assert_same(self, ours: dict, theirs: dict) -> None:
         assert ours.keys() == theirs.keys()
@@ -95,15 +102,15 @@ class MethodContract:
 
     def test_slices_move_every_weight_like_the_whole_batch(self):
         whole, sliced = self.make(), self.make(micro_batches=4)
-        expected = run_steps(whole, self.batches())
-        found = run_steps(sliced, self.batches())
+        expected = run_steps(whole, self.batches(whole))
+        found = run_steps(sliced, self.batches(sliced))
         for a, b in zip(found, expected, strict=True):
             assert a == pytest.approx(b, abs=1e-4)
         self.assert_same(flat_state(sliced), flat_state(whole))
 
     def test_two_processes_move_every_weight_like_one(self, pair):
         whole = self.make()
-        expected = run_steps(whole, self.batches())
+        expected = run_steps(whole, self.batches(whole))
         for reports, state, _ in pair.run(run_rank, type(self), False):
             for (terms, not_finite), terms_of_one in zip(reports, expected, strict=True):
                 assert terms == pytest.approx(terms_of_one, abs=1e-4)
@@ -113,7 +120,7 @@ class MethodContract:
     def test_a_nan_on_one_process_skips_the_step_on_both(self, pair):
         alone = self.make()
         optimizers = start(alone)
-        for step, batch in enumerate(self.batches()):
+        for step, batch in enumerate(self.batches(alone)):
             if step == 1:
                 alone.step += 1
             else:
@@ -126,10 +133,10 @@ class MethodContract:
     def test_a_step_with_nan_leaves_everything_as_it_was(self):
         module = self.make()
         optimizers = start(module)
-        run_steps(module, self.batches()[:2], optimizers)
+        run_steps(module, self.batches(module)[:2], optimizers)
         before = flat_state(module)
         moments = copy.deepcopy([optimizer.state_dict()["state"] for optimizer in optimizers])
-        batch = self.batch(SAMPLES, 2)
+        batch = self.batch_for(module, 2)
         poison(batch)
         report = module.take_step(batch, optimizers)
         assert len(report.not_finite) > 1 and report.not_finite[-1] == "gradient"
@@ -144,7 +151,7 @@ class MethodContract:
         module = self.make()
         module.train()
         module.begin(STEPS, PER_EPOCH)
-        batch = self.batch(SAMPLES, 0)
+        batch = self.batch_for(module, 0)
         with torch.no_grad():
             targets = module.targets(batch)
         sum(module.losses(batch, targets).values()).backward()
@@ -159,23 +166,24 @@ class MethodContract:
         assert trained == {id(p) for p in module.parameters() if p.requires_grad}
 
     def test_same_seed_same_losses(self):
-        assert run_steps(self.make(), self.batches()) == run_steps(self.make(), self.batches())
+        first, second = self.make(), self.make()
+        assert run_steps(first, self.batches(first)) == run_steps(second, self.batches(second))
 
     def test_a_run_rebuilt_from_its_record_and_state_goes_on_as_if_never_stopped(self):
         """Nothing of a method's state lives outside its state dict, nor of its settings outside its record."""
         straight = self.make()
-        run_steps(straight, self.batches())
+        run_steps(straight, self.batches(straight))
 
         first = self.make()
         optimizers = start(first)
-        run_steps(first, self.batches()[:2], optimizers)
+        run_steps(first, self.batches(first)[:2], optimizers)
         torch.manual_seed(1234)
         second = build(describe(first))
         second.load_state_dict(first.state_dict())
         resumed = start(second)
         for new, old in zip(resumed, optimizers, strict=True):
             new.load_state_dict(old.state_dict())
-        run_steps(second, self.batches()[2:], resumed)
+        run_steps(second, self.batches(second)[2:], resumed)
         ours, theirs = flat_state(second), flat_state(straight)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         assert second.step == straight.step == STEPS
