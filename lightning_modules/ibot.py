@@ -83,6 +83,7 @@ class IBOT(SelfDistillation):
         backbone.require("masked", by="iBOT")
         self._check(masks, dino_weight, patch_center_over)
         self.masking = {"global": masks}
+        in_steps(mask_start, 1, 1)  # refuses what is no length
         self.mask_start = mask_start
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
@@ -105,7 +106,9 @@ class IBOT(SelfDistillation):
         self.student = PatchBranch(backbone, PatchHead(head, own))
         self.teacher = EMA(self.student, without=("mask_token",))
         self.center: Centering | Sinkhorn = target_by_rule(target_rule, num_prototypes, center_momentum)
-        self.patch_center: Centering | Sinkhorn = target_by_rule(target_rule, num_prototypes, patch_center_momentum)
+        self.patch_center: Centering | Sinkhorn = target_by_rule(
+            target_rule, num_prototypes, patch_center_momentum, name="patch_center_momentum"
+        )
         self.centers_all_patches = patch_center_over == "all" and target_rule == "centering"
 
     def targets(self, batch: Batch) -> Targets:

@@ -20,14 +20,15 @@ class Centering(nn.Module):
     Args:
         num_prototypes: K.
         momentum: share of the old centre that is kept, in [0, 1]; 0.999 collapses in the published ablation.
+        name: what the setting of it is called, for its error.
     """
 
     center: Tensor
 
-    def __init__(self, num_prototypes: int, momentum: float = 0.9):
+    def __init__(self, num_prototypes: int, momentum: float = 0.9, name: str = "center_momentum"):
         super().__init__()
         if not 0 <= momentum <= 1:
-            raise UserError(f"center_momentum: {momentum} is not a share in [0, 1]. The published value is 0.9.")
+            raise UserError(f"{name}: {momentum} is not a share in [0, 1]. The published value is 0.9.")
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(num_prototypes))
 
@@ -72,10 +73,12 @@ class Sinkhorn(nn.Module):
         """Nothing: there is no memory."""
 
 
-def target_by_rule(rule: str, num_prototypes: int, center_momentum: float) -> Centering | Sinkhorn:
+def target_by_rule(
+    rule: str, num_prototypes: int, center_momentum: float, name: str = "center_momentum"
+) -> Centering | Sinkhorn:
     """ "centering" or "sinkhorn", by name. Raises UserError for another."""
     if rule == "centering":
-        return Centering(num_prototypes, center_momentum)
+        return Centering(num_prototypes, center_momentum, name)
     if rule == "sinkhorn":
         return Sinkhorn()
     raise UserError(f"target_rule: '{rule}' is unknown. Choose 'centering' or 'sinkhorn'.")
