@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssd.batch import Batch
 from ssd.distributed import rank as own_rank
@@ -67,6 +68,19 @@ def run_rank(rank: int, world: int, contract: type, poisoned: bool) -> tuple[lis
 def poison(batch: Batch) -> None:
     views = next(iter(batch.views.values()))
     views[(0,) * views.ndim] = float("nan")
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what a step on an accelerator would have to wait for: numbers read, sizes that depend on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_value = name in ("index", "index_put", "index_put_") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in args[1]
+        )
+        if by_value or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
 
 
 class MethodContract:
@@ -164,6 +178,18 @@ class MethodContract:
         assert not any(p.requires_grad or p.grad is not None for p in module.teacher.parameters())
         trained = {id(p) for o in module.build_optimizers() for group in o.param_groups for p in group["params"]}
         assert trained == {id(p) for p in module.parameters() if p.requires_grad}
+
+    def test_targets_losses_and_update_never_wait_for_the_device(self):
+        module = self.make()
+        module.train()
+        module.begin(STEPS, PER_EPOCH)
+        batch = self.batch_for(module, 0)
+        with NothingWaits():
+            with torch.no_grad():
+                targets = module.targets(batch)
+            module.losses(batch, targets)
+            with torch.no_grad():
+                module.update(targets)
 
     def test_same_seed_same_losses(self):
         first, second = self.make(), self.make()

@@ -94,3 +94,11 @@ def test_pooled_is_the_class_token_then_own_pooling_then_the_mean_of_real_patche
 def test_scores_become_logits_only_when_asked():
     scores = Scores(torch.randn(6, 4), torch.randn(10, 4))
     assert_close(scores.unflatten(0, (2, 3))[1].logits(), (scores.features @ scores.prototypes.T)[3:])
+
+
+def test_lifted_masks_keep_their_shapes_and_mask_nothing():
+    masks = Masks(torch.ones(2, 4, 3, dtype=torch.bool), flat=tensor([[0, 5, 11]]), weight=tensor([[1.0, 0.5, 0.5]]))
+    lifted = masks.lifted()
+    assert not lifted.boolean.any() and not lifted.token_weight().any()
+    assert torch.equal(lifted.flat_in_whole(), masks.flat_in_whole())
+    assert masks.boolean.all(), "the masks themselves are as they were"

@@ -17,7 +17,8 @@ from ssd.masking.recipes import (
     RandomMasks,
     SpanMasks,
 )
-from ssd.masking.shapes import draw_blocks, visible_blocks
+from ssd.masking.scattered import ScatteredMasks
+from ssd.masking.shapes import draw_blocks, lowest_of_each, visible_blocks
 from ssd.native import masks as native
 
 IBOT = BlockMasks()
@@ -28,6 +29,7 @@ PICTURES = {
     "cells": RandomMasks(0.5, cell=2),
     "disjoint": DisjointMasks(0.6),
     "ibot": IBOT,
+    "scattered": ScatteredMasks(),
     "dinov2": DINOV2,
     "capi": InverseBlockMasks(),
     "cyclic": CYCLIC,
@@ -113,6 +115,30 @@ def test_statistics_of_dinov2_masks():
     assert short.min() >= 0 and short.max() <= 4
     assert (short == 0).mean() == pytest.approx(0.93, abs=0.02)
     assert (counts / 196).mean() == pytest.approx(0.298, abs=0.005)
+
+
+def test_scattered_masks_have_the_whole_part_of_their_share():
+    """Of 196 tokens a share of .3 is 58; half of the crops are whole, the others .1 to .5, .3 on average."""
+    exact = ScatteredMasks(ratio=(0.3, 0.3), share=1.0).draw(2, 8, (14, 14), 0, 0)
+    assert (exact.sum(2) == 58).all()
+    counts = ScatteredMasks().draw(2, 2000, (14, 14), 0, 0).sum(2).reshape(-1)
+    masked = counts[counts > 0]
+    # three deviations of 4000 crops: .5 / sqrt(4000) and .4 / sqrt(12 * 2000)
+    assert len(masked) / 4000 == pytest.approx(0.5, abs=0.024)
+    assert masked.mean() / 196 == pytest.approx(0.3 - 0.5 / 196, abs=0.008)
+    assert masked.min() >= 19 and masked.max() <= 98
+    even = ScatteredMasks(even=True).draw(2, 32, (14, 14), 0, 0).sum(2)
+    assert (even > 0).sum() == 32
+
+
+def test_scattered_tokens_lie_anywhere():
+    share = ScatteredMasks(ratio=(0.5, 0.5), share=1.0).draw(1, 2000, (4, 4), 0, 0).mean((0, 1))
+    assert share == pytest.approx(np.full(16, 0.5), abs=4 * 0.5 / math.sqrt(2000))
+
+
+def test_none_of_a_row_is_none():
+    noise = np.random.default_rng(0).random((3, 5))
+    assert (lowest_of_each(noise, np.array([0, 2, 5])).sum(1) == [0, 2, 5]).all()
 
 
 def test_statistics_of_ibot_masks():

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -55,3 +56,15 @@ def test_half_a_cosine_is_symmetric():
 def test_an_impossible_length_is_refused(length):
     with pytest.raises(UserError, match="length"):
         in_steps(length, 100, 10)
+
+
+def test_a_schedule_that_waits_is_the_schedule_of_the_rest():
+    for schedule in (
+        Cosine(1.0, 0.0, warmup=0.2),
+        Linear(0.04, 0.07, until=0.5),
+        Linear(0.04, 0.07, until="2 epochs", every="epoch"),
+    ):
+        waiting = replace(schedule, after="10 steps")
+        rest = [schedule.value(step, 20, 5) for step in range(20)]
+        assert [waiting.value(step, 30, 5) for step in range(30)] == pytest.approx(rest[:1] * 10 + rest)
+    assert Linear(0.0, 1.0, after="50 steps").value(9, 10, 5) == 0.0, "a run may end before"

@@ -3,7 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from ssd.targets import Centering, sinkhorn_knopp
+from ssd.batch import Scores
+from ssd.targets import Centering, Sinkhorn, sinkhorn_knopp
 
 
 def test_worked_example_of_centring():
@@ -66,3 +67,55 @@ def test_groups_are_balanced_apart():
     assert_close(together[0], sinkhorn_knopp(t[0], 0.1))
     t[1] = t[1].flip(0)
     assert_close(sinkhorn_knopp(t, 0.1)[0], together[0])
+
+
+def test_rows_that_are_not_valid_are_uniform_and_the_others_as_without_them():
+    t = torch.randn(6, 4)
+    valid = torch.tensor([True, False, True, True, False, True])
+    t[1], t[4] = 1000.0, float("-inf")
+    probs = sinkhorn_knopp(t, 0.04, 3, valid)
+    assert_close(probs[valid], sinkhorn_knopp(t[valid], 0.04, 3))
+    assert_close(probs[~valid], torch.full((2, 4), 0.25))
+    groups = torch.stack([t, t.flip(0)])
+    assert_close(sinkhorn_knopp(groups, 0.04, 3, torch.stack([valid, valid.flip(0)]))[0], probs)
+    assert_close(Sinkhorn()(t.view(2, 3, 4), 0.04, valid.view(2, 3)).flatten(0, 1), probs)
+    assert_close(sinkhorn_knopp(t, 0.04, 3, torch.zeros(6, dtype=torch.bool)), torch.full((6, 4), 0.25))
+
+
+def test_a_centre_follows_valid_rows_alone_and_stays_where_there_is_none():
+    centering = Centering(3, momentum=0.5)
+    logits = torch.tensor([[[1.0, 2.0, 3.0], [float("inf"), 0.0, 0.0]], [[3.0, 2.0, 1.0], [7.0, 7.0, 7.0]]])
+    valid = torch.tensor([[True, False], [True, False]])
+    centering.update(logits, valid)
+    assert_close(centering.center, torch.tensor([1.0, 1.0, 1.0]))
+    centering.update(logits, torch.zeros(2, 2, dtype=torch.bool))
+    assert_close(centering.center, torch.tensor([1.0, 1.0, 1.0]))
+
+
+def test_scores_centre_like_their_logits_also_under_autocast():
+    scores = Scores(torch.randn(2, 50, 8), torch.randn(16, 8))
+    valid = torch.rand(2, 50) > 0.5
+    plain, short = Centering(16), Centering(16)
+    plain.update(scores.logits(), valid)
+    with torch.autocast("cpu", torch.bfloat16):
+        short.update(scores, valid)
+    assert_close(short.center, plain.center, atol=1e-6, rtol=1e-5)
+
+
+def test_the_centre_of_two_processes_weighs_rows_not_processes(pair):
+    whole = Centering(4)
+    whole.update(uneven_rows(), torch.tensor([True, True, False, True, False]))
+    for center in pair.run(center_of_rank):
+        assert_close(center, whole.center)
+
+
+def uneven_rows():
+    return torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+
+
+def center_of_rank(rank, world):
+    """Three valid rows in all: both of rank 0's, one of rank 1's three."""
+    mine = (slice(0, 2), slice(2, 5))[rank]
+    centering = Centering(4)
+    centering.update(uneven_rows()[mine], torch.tensor([True, True, False, True, False])[mine])
+    return centering.center

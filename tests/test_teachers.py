@@ -75,3 +75,12 @@ def test_a_student_may_hold_more_than_its_teacher():
     teacher = EMA(student)
     student.register_parameter("mask_token", nn.Parameter(torch.zeros(1, 4)))
     teacher.update(student, 0.9)
+
+
+def test_what_a_teacher_is_made_without_is_not_in_its_state_and_the_student_keeps_it():
+    student = network()
+    student.register_parameter("mask_token", nn.Parameter(torch.zeros(1, 4)))
+    teacher = EMA(student, without=("mask_token",))
+    assert teacher.network.mask_token is None and student.mask_token is not None
+    assert set(student.state_dict()) - set(teacher.network.state_dict()) == {"mask_token"}
+    teacher.update(student, 0.5)

@@ -39,14 +39,16 @@ def import_choices() -> None:
     import datamodules
     import lightning_modules
     import ssd.backbones
+    import ssd.masking
     from ssd.data.sampling import Sampling
+    from ssd.masking.recipes import Masking
     from ssd.optim import OptimizerRule
     from ssd.schedules import Schedule
     from ssd.views.view import Views
 
     # settings that are dataclasses and have kinds: a config names the kind by its class
-    set_parsing_settings(subclasses_enabled=[OptimizerRule, Sampling, Schedule, Views])
-    for package in (lightning_modules, datamodules, ssd.backbones):
+    set_parsing_settings(subclasses_enabled=[Masking, OptimizerRule, Sampling, Schedule, Views])
+    for package in (lightning_modules, datamodules, ssd.backbones, ssd.masking):
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
 

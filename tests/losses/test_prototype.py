@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ssd.batch import Scores
-from ssd.losses.prototype import cross_view_cross_entropy, entropy
+from ssd.losses.prototype import cross_view_cross_entropy, entropy, token_cross_entropy
 
 
 def plain(student, target, temperature, skip_same_view):
@@ -70,3 +70,26 @@ def test_samples_do_not_mix():
     loss = cross_view_cross_entropy(student, target, 0.1, skip_same_view=True)
     order = torch.randperm(5)
     assert_close(cross_view_cross_entropy(student[:, order], target[:, order], 0.1, skip_same_view=True), loss[order])
+
+
+@pytest.mark.parametrize("chunk", [3, 7, 8192])
+def test_tokens_pay_their_own_cross_entropy_however_they_are_chunked(chunk):
+    torch.manual_seed(0)
+    features, prototypes = torch.randn(7, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    target, weights = softmax(torch.randn(7, 16) / 0.1, dim=-1), torch.rand(7)
+    expected = torch.stack(
+        [-(q * F.log_softmax(z / 0.1, dim=-1)).sum() for q, z in zip(target, features @ prototypes.T)]
+    )
+    found = token_cross_entropy(Scores(features, prototypes), target, 0.1, chunk=chunk)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_close(token_cross_entropy(features @ prototypes.T, target, 0.1, chunk=chunk), found)
+    gradients = torch.autograd.grad((expected * weights).sum(), [features, prototypes], retain_graph=True)
+    for a, b in zip(torch.autograd.grad((found * weights).sum(), [features, prototypes]), gradients):
+        assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_worked_token():
+    """The same numbers as between views: .47980, and ln 3 for a uniform student."""
+    target = softmax(tensor([[0.1, 0.02, -0.04]] * 2) / 0.04, dim=-1)
+    loss = token_cross_entropy(tensor([[0.2, 0.0, -0.1], [0.5, 0.5, 0.5]]), target, 0.1)
+    assert_close(loss, tensor([0.47980, math.log(3)]), atol=1e-5, rtol=0)
