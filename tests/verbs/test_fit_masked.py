@@ -48,6 +48,6 @@ def test_a_run_of_ibot_ends_with_numbers_that_its_checkpoint_gives_again(tmp_pat
 def test_a_convnet_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     convnet = ("--model.backbone", "ConvNet", "--model.backbone.name", "resnet18")
-    said = typed("fit", "--config", "method/ibot_small", "--data", "Digits", *convnet)
+    said = typed("fit", "--config", "method/ibot", "--data", "Digits", *convnet)
     assert said.status == 2 and said.err.count("\n") == 1
     assert "iBOT needs a backbone that can replace patches" in said.err and "Use a ViT" in said.err
