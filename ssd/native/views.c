@@ -130,7 +130,7 @@ static inline bytes whole_levels(floats x) {
 /* Four rows of up to four channels side by side: 16 floats a pixel, every `step` vectors. */
 static void pack_rows(const uint8_t *rows[4], int64_t width, int64_t channels, int64_t used, int64_t readable,
                       int64_t step, floats *out) {
-    int64_t fast = used >= 3 && (channels == 3 || channels == 4) ? higher(lower(width, readable), 0) : 0;
+    int64_t fast = used >= 3 && (channels == 3 || channels == 4) ? lower(width, readable) : 0;
     for (int64_t x = 0; x < fast; x++) {
         int64_t at = x * channels;
         four_words px = {*(const word_at *)(rows[0] + at), *(const word_at *)(rows[1] + at),
@@ -152,7 +152,8 @@ static void rows_to_width(const uint8_t *source, int64_t stride, const uint8_t *
             const uint8_t *rows[4];
             for (int r = 0; r < 4; r++) rows[r] = source + lower(y + 4 * half + r, height - 1) * stride;
             /* a pixel is read as four bytes, which must not reach beyond the picture's last */
-            pack_rows(rows, width, channels, used, (end - rows[3] - 4) / channels + 1, 2, strip + half);
+            int64_t rest = end - rows[3], readable = rest < 4 ? 0 : (rest - 4) / channels + 1;
+            pack_rows(rows, width, channels, used, readable, 2, strip + half);
         }
         for (int64_t x = 0; x < to; x++) {
             const float *w = f->weights + x * f->taps;
@@ -242,7 +243,8 @@ EXPORT int ssd_crops(const uint8_t *picture, int64_t height, int64_t width, int6
 enum { BRIGHTNESS, CONTRAST, SATURATION, HUE, FIRST, GREY = 8, BLUR, SOLARIZE, ROTATE, SHEAR, SETTINGS };
 
 #define BLOCK 1024 /* pixels that are worked on while they are in the nearest cache */
-#define REACH 5    /* deviations after which a Gaussian is cut off */
+#define REACH 5     /* deviations after which a Gaussian is cut off */
+#define FURTHEST 512 /* px that it reaches at most */
 
 static inline float clamped(float x) { return x < 0 ? 0 : x > 255 ? 255 : x; }
 
@@ -326,71 +328,51 @@ static void warp(const float *restrict from, int64_t height, int64_t width, floa
     }
 }
 
-/* (height, width) in place by way of `between`, of the same size; `row` holds width + 2 radius and some. */
+/* to[x] = the sum of lines[k][x] by their weights. */
+static void weighted_sum(const float *const *lines, const float *weights, int64_t taps, int64_t width, float *to) {
+    int64_t x = 0;
+    for (; x + 4 * LANES <= width; x += 4 * LANES) {
+        floats a = {0}, b = {0}, c = {0}, d = {0};
+        for (int64_t k = 0; k < taps; k++) {
+            const float *at = lines[k] + x;
+            a += *(const floats_at *)at * weights[k];
+            b += *(const floats_at *)(at + LANES) * weights[k];
+            c += *(const floats_at *)(at + 2 * LANES) * weights[k];
+            d += *(const floats_at *)(at + 3 * LANES) * weights[k];
+        }
+        *(floats_at *)(to + x) = a, *(floats_at *)(to + x + LANES) = b;
+        *(floats_at *)(to + x + 2 * LANES) = c, *(floats_at *)(to + x + 3 * LANES) = d;
+    }
+    for (; x + LANES <= width; x += LANES) {
+        floats a = {0};
+        for (int64_t k = 0; k < taps; k++) a += *(const floats_at *)(lines[k] + x) * weights[k];
+        *(floats_at *)(to + x) = a;
+    }
+    for (; x < width; x++) {
+        float a = 0;
+        for (int64_t k = 0; k < taps; k++) a += lines[k][x] * weights[k];
+        to[x] = a;
+    }
+}
+
+/* (height, width) in place by way of `between`, of the same size; `row` holds width + 2 radius. */
 static void blur(float *plane, int64_t height, int64_t width, float deviation, float *between, float *row) {
-    int64_t radius = lower((int64_t)(REACH * deviation), higher(height, width));
-    float weights[2 * 512 + 1];
-    radius = lower(radius, 512);
-    float sum = 0;
+    int64_t radius = lower(lower((int64_t)(REACH * deviation), higher(height, width)), FURTHEST);
+    int64_t taps = 2 * radius + 1;
+    float weights[2 * FURTHEST + 1], sum = 0;
+    const float *lines[2 * FURTHEST + 1];
     for (int64_t k = -radius; k <= radius; k++) sum += weights[k + radius] = expf(-0.5f * k * k / (deviation * deviation));
-    for (int64_t k = 0; k <= 2 * radius; k++) weights[k] /= sum;
-    int64_t taps = 2 * radius + 1, vectors = width / LANES * LANES;
+    for (int64_t k = 0; k < taps; k++) weights[k] /= sum;
+    for (int64_t k = 0; k < taps; k++) lines[k] = row + k;
     for (int64_t y = 0; y < height; y++) {
         const float *from = plane + y * width;
-        float *to = between + y * width;
         for (int64_t x = 0; x < radius; x++) row[x] = from[0], row[radius + width + x] = from[width - 1];
         memcpy(row + radius, from, width * sizeof(float));
-        int64_t x = 0;
-        for (; x + 4 * LANES <= width; x += 4 * LANES) {
-            floats a = {0}, b = {0}, c = {0}, d = {0};
-            for (int64_t k = 0; k < taps; k++) {
-                const float *at = row + x + k;
-                a += *(const floats_at *)at * weights[k];
-                b += *(const floats_at *)(at + LANES) * weights[k];
-                c += *(const floats_at *)(at + 2 * LANES) * weights[k];
-                d += *(const floats_at *)(at + 3 * LANES) * weights[k];
-            }
-            *(floats_at *)(to + x) = a, *(floats_at *)(to + x + LANES) = b;
-            *(floats_at *)(to + x + 2 * LANES) = c, *(floats_at *)(to + x + 3 * LANES) = d;
-        }
-        for (; x < vectors; x += LANES) {
-            floats a = {0};
-            for (int64_t k = 0; k < taps; k++) a += *(const floats_at *)(row + x + k) * weights[k];
-            *(floats_at *)(to + x) = a;
-        }
-        for (; x < width; x++) {
-            float a = 0;
-            for (int64_t k = 0; k < taps; k++) a += row[x + k] * weights[k];
-            to[x] = a;
-        }
+        weighted_sum(lines, weights, taps, width, between + y * width);
     }
     for (int64_t y = 0; y < height; y++) {
-        const float *lines[2 * 512 + 1];
         for (int64_t k = 0; k < taps; k++) lines[k] = between + lower(higher(y + k - radius, 0), height - 1) * width;
-        float *to = plane + y * width;
-        int64_t x = 0;
-        for (; x + 4 * LANES <= width; x += 4 * LANES) {
-            floats a = {0}, b = {0}, c = {0}, d = {0};
-            for (int64_t k = 0; k < taps; k++) {
-                const float *at = lines[k] + x;
-                a += *(const floats_at *)at * weights[k];
-                b += *(const floats_at *)(at + LANES) * weights[k];
-                c += *(const floats_at *)(at + 2 * LANES) * weights[k];
-                d += *(const floats_at *)(at + 3 * LANES) * weights[k];
-            }
-            *(floats_at *)(to + x) = a, *(floats_at *)(to + x + LANES) = b;
-            *(floats_at *)(to + x + 2 * LANES) = c, *(floats_at *)(to + x + 3 * LANES) = d;
-        }
-        for (; x < vectors; x += LANES) {
-            floats a = {0};
-            for (int64_t k = 0; k < taps; k++) a += *(const floats_at *)(lines[k] + x) * weights[k];
-            *(floats_at *)(to + x) = a;
-        }
-        for (; x < width; x++) {
-            float a = 0;
-            for (int64_t k = 0; k < taps; k++) a += lines[k][x] * weights[k];
-            to[x] = a;
-        }
+        weighted_sum(lines, weights, taps, width, plane + y * width);
     }
 }
 
@@ -454,7 +436,7 @@ EXPORT int ssd_photometry(const uint8_t *pictures, int64_t count, int64_t channe
                           const float *settings, const float *scale, const float *shift, void *out) {
     static _Thread_local scratch memory;
     int64_t pixels = height * width, plane = padded(pixels);
-    int64_t line = padded(width + 2 * lower(higher(height, width), 512) + 4 * LANES);
+    int64_t line = padded(width + 2 * lower(higher(height, width), FURTHEST) + 4 * LANES);
     float *levels = room(&memory, ((channels + 1) * plane + line + BLOCK) * sizeof(float));
     if (!levels) return OUT_OF_MEMORY;
     float *between = levels + channels * plane, *row = between + plane, *grey = row + line;

@@ -16,9 +16,9 @@ from ssd.evaluation.features import extract
 from ssd.evaluation.protocol import check_finite
 from ssd.summary import check_json, console, print_facts, shown, write_json
 from ssd.verbs.arguments import Parser, split_data
+from ssd.verbs.extraction import add_extraction, check_device
 from ssd.verbs.loading import load_data
 from ssd.verbs.networks import load_network
-from ssd.verbs.probe import check_device
 
 
 def run(argv: list[str]) -> int:
@@ -41,17 +41,7 @@ def run(argv: list[str]) -> int:
         help="clusters on each level, the finest first, such as 1000,100; default: one for every 50 pictures, and a tenth",
     )
     parser.add_argument("--seed", type=int, default=0, help="of k-means; default: 0")
-    parser.add_argument(
-        "--precision",
-        default="32-true",
-        choices=["32-true", "bf16-mixed", "16-mixed"],
-        help="in which features are extracted; default: 32-true",
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where features are extracted, cpu, cuda or cuda:1; default: the GPU where there is one",
-    )
+    add_extraction(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
     own, chosen = split_data(argv)
     arguments = parser.parse_args(own)

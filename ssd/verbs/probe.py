@@ -12,6 +12,7 @@ from ssd.evaluation.suite import MEASURES, evaluate, few_label_report, report_ta
 from ssd.record import build
 from ssd.summary import check_json, console, number_rows, print_numbers, write_json
 from ssd.verbs.arguments import Parser, at_least_one, split_data
+from ssd.verbs.extraction import add_extraction, check_device
 from ssd.verbs.loading import load_data, load_module
 
 
@@ -37,17 +38,7 @@ def run(argv: list[str]) -> int:
         "--draws", type=at_least_one, default=20, help="draws of the labelled set of few-label probes; default: 20"
     )
     parser.add_argument("--seed", type=int, default=0, help="of splits, draws and the untrained network; default: 0")
-    parser.add_argument(
-        "--precision",
-        default="32-true",
-        choices=["32-true", "bf16-mixed", "16-mixed"],
-        help="in which features are extracted; default: 32-true",
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where features are extracted, cpu, cuda or cuda:1; default: the GPU where there is one",
-    )
+    add_extraction(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
     own, chosen = split_data(argv)
     arguments = parser.parse_args(own)
@@ -101,17 +92,6 @@ def features_of(
     progress = f"{name} features" if sys.stdout.isatty() else None
     parts = [extract(embed, loader, progress=progress, **settings) for loader in loaders]
     return parts[0], parts[-1]
-
-
-def check_device(name: str) -> None:
-    """Raises UserError for a device that this machine does not have."""
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device {name} cannot be used here ({reason}). Use cpu, or a device of this machine."
-        ) from None
 
 
 def compare_with_baselines(
