@@ -103,8 +103,8 @@ class SelfDistillation(Step, pl.LightningModule):
         self.log_dict(self.diagnostics(report))
         optimizers = self.optimizers(use_pl_optimizer=False)
         groups = (optimizers[0] if isinstance(optimizers, list) else optimizers).param_groups
-        self.log("train/schedule/lr", groups[0]["lr"])
-        self.log("train/schedule/weight_decay", groups[0]["weight_decay"])
+        self.log("train/schedule/lr", max(group["lr"] for group in groups))
+        self.log("train/schedule/weight_decay", max(group["weight_decay"] for group in groups))
         for name, value in vars(self).items():
             if isinstance(value, Schedule) and name not in ("lr", "weight_decay"):
                 self.log(

@@ -9,13 +9,12 @@ from torch import Tensor
 from lightning_modules.base import SelfDistillation, StepReport
 from ssd.backbones.base import Backbone
 from ssd.batch import Batch, Targets
-from ssd.errors import UserError
 from ssd.heads import Branch, PrototypeHead
 from ssd.losses.prototype import cross_view_cross_entropy
 from ssd.schedules import Cosine, Linear, Schedule
 from ssd.targets import Centering, Sinkhorn, target_by_rule
 from ssd.teachers import EMA
-from ssd.views.view import Views
+from ssd.views.view import Views, require_globals
 
 
 class DINO(SelfDistillation):
@@ -75,12 +74,7 @@ class DINO(SelfDistillation):
         self.student = Branch(backbone, head)
         self.teacher = EMA(self.student, buffers=teacher_buffers)
         self.center: Centering | Sinkhorn = target_by_rule(target_rule, num_prototypes, center_momentum)
-        kinds = self.views.kinds()
-        if "global" not in kinds or sum(map(len, kinds.values())) < 2:
-            raise UserError(
-                f"views: this recipe gives { ({kind: len(views) for kind, views in kinds.items()}) }, but DINO needs a 'global' "
-                "kind and at least two views in all, so that one can predict another. Use the recipe 'dino'."
-            )
+        require_globals(self.views, 1, by="DINO")
 
     def targets(self, batch: Batch) -> Targets:
         logits = self.teacher({"global": batch.views["global"]}).logits()  # (V, B, K)

@@ -16,13 +16,14 @@ from ssd.backbones.base import Backbone
 from ssd.batch import Batch, Masks, Rows, Scores, Targets, Whole
 from ssd.errors import UserError
 from ssd.heads import PrototypeHead, Prototypes
-from ssd.losses.prototype import cross_view_cross_entropy, entropy, token_cross_entropy
-from ssd.masking.recipes import BlockMasks, Masking
+from ssd.losses.prototype import cross_view_cross_entropy, token_cross_entropy
+from ssd.masking.recipes import BlockMasks, Masking, require_whole_crops
 from ssd.patch_heads import PatchBranch, PatchHead
+from ssd.patch_targets import patch_diagnostics, patch_measures
 from ssd.schedules import Cosine, Length, Linear, Schedule, in_steps
 from ssd.targets import Centering, Sinkhorn, target_by_rule
 from ssd.teachers import EMA
-from ssd.views.view import Views
+from ssd.views.view import Views, require_globals
 
 
 class IBOT(SelfDistillation):
@@ -115,9 +116,10 @@ class IBOT(SelfDistillation):
         masks = self._masks(batch)
         places, weight = masks.flat_in_whole(), masks.token_weight()  # (U,), of all slices
         seen = None if self.centers_all_patches else places
-        pictures, patches = self.teacher({"global": batch.views["global"]}, places={"global": seen})
+        answers = self.teacher({"global": batch.views["global"]}, places={"global": seen})
+        patches = answers.patches
         masked = patches[places] if self.centers_all_patches else patches  # features (U, d)
-        logits = pictures.logits()  # (V, B, K)
+        logits = answers.pictures.logits()  # (V, B, K)
         patch_temperature = self.at("patch_teacher_temperature")
         return Targets(
             logits=logits,
@@ -130,11 +132,12 @@ class IBOT(SelfDistillation):
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         masks = self._masks(batch)
-        pictures, patches = self.student(
+        answers = self.student(
             batch.views, masked={"global": masks.boolean}, places={"global": masks.flat_in_whole()}
         )  # features (S, B, d) and (U, d)
-        dino = cross_view_cross_entropy(pictures, targets.probs, self.student_temperature, skip_same_view=True)  # (B,)
-        ibot = token_cross_entropy(patches, targets.patch_probs, self.student_temperature)  # (U,)
+        temperature = self.student_temperature
+        dino = cross_view_cross_entropy(answers.pictures, targets.probs, temperature, skip_same_view=True)  # (B,)
+        ibot = token_cross_entropy(answers.patches, targets.patch_probs, temperature)  # (U,)
         # the weights of a crop's masked patches sum to 1, and a crop without any counts as a crop
         crops = len(masks.boolean) * batch.total
         return {"dino": dino.sum() / batch.total, "ibot": (targets.patch_weight * ibot).sum() / crops}
@@ -151,40 +154,15 @@ class IBOT(SelfDistillation):
         return masks if started else masks.lifted()
 
     def measures(self, targets: Targets) -> dict[str, Tensor]:
-        crops = targets.probs.shape[:2].numel()
-        weight = targets.patch_weight
-        return {
-            "masked_crops": weight.sum() / crops,
-            "ibot_entropy": (weight * entropy(targets.patch_probs)).sum() / crops,
-        }
+        return patch_measures(targets)
 
     def diagnostics(self, report: StepReport) -> dict[str, float]:
-        """Of patches per masked crop: the loss counts crops without masks, so it is about half as large."""
-        if report.teacher_entropy is None:
-            return {}
-        masked, patch_entropy = report.measures["masked_crops"], report.measures["ibot_entropy"]
-        numbers = {
-            "train/teacher/kl": report.terms["dino"] - report.teacher_entropy,
-            "train/masks/masked_crops": masked,
-        }
-        if masked > 0:
-            numbers["train/teacher/patch_entropy"] = patch_entropy / masked
-            numbers["train/teacher/patch_kl"] = (report.terms["ibot"] - patch_entropy) / masked
-        return numbers
+        return patch_diagnostics(report, report.terms["dino"])
 
     def _check(self, masks: Masking, dino_weight: float | Schedule, patch_center_over: str) -> None:
-        kinds = {kind: len(views) for kind, views in self.views.kinds().items()}
-        if kinds.get("global", 0) < 2:
-            raise UserError(
-                f"views: this recipe gives {kinds}, but iBOT needs at least two 'global' views: what is masked in one is "
-                "told from the other too. Use the recipe 'dino'."
-            )
-        if masks.exact:
-            raise UserError(
-                f"masks: {type(masks).__name__} masks every crop by the same count, and iBOT needs about half of them "
-                "whole. Use BlockMasks or ScatteredMasks."
-            )
-        if getattr(masks, "share", 0.0) == 1 and len(kinds) > 1:
+        require_globals(self.views, 2, by="iBOT")
+        require_whole_crops(masks, by="iBOT")
+        if getattr(masks, "share", 0.0) == 1 and len(self.views.kinds()) > 1:
             warnings.warn(
                 "masks.share: 1 masks every global view while local ones stay whole, which was unstable in the published "
                 "runs. 0.5 is the published value.",

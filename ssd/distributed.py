@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def world_size() -> int:
@@ -60,6 +61,27 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+class GatherRows(torch.autograd.Function):
+    """Rows of all ranks, with the gradient that every rank's use of them gives to this rank's."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        ctx.mine = slice(rank() * len(rows), (rank() + 1) * len(rows))
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return sum_over_ranks(grad)[ctx.mine]
+
+
+def gather_rows_with_gradient(rows: Tensor) -> Tensor:
+    """As `gather_rows`, of equal numbers on every rank, and differentiable. (n, ...) -> (world n, ...)"""
+    return GatherRows.apply(rows) if world_size() > 1 else rows
 
 
 def gather_objects(value: Any) -> list[Any]:

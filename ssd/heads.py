@@ -44,17 +44,34 @@ class Prototypes(nn.Module):
 
     def __init__(self, dim: int, num_prototypes: int, train_gain: bool = False):
         super().__init__()
-        if num_prototypes < 1:
-            raise UserError(
-                f"num_prototypes: {num_prototypes} is not a positive count. The published value is 65536; "
-                "1024 suits fewer than 20,000 pictures."
-            )
+        check_num_prototypes(num_prototypes)
         self.weight_v = nn.Parameter(nn.Linear(dim, num_prototypes, bias=False).weight.detach())
         self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=train_gain)
 
     def forward(self) -> Tensor:
         """(K, d), rows of length g_k."""
         return WeightNorm.apply(self.weight_v, self.weight_g)
+
+
+class PlainPrototypes(nn.Module):
+    """K directions of length d without weight normalisation, drawn like the other layers (DINOv3)."""
+
+    def __init__(self, dim: int, num_prototypes: int):
+        super().__init__()
+        check_num_prototypes(num_prototypes)
+        self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_prototypes, dim), std=0.02))
+
+    def forward(self) -> Tensor:
+        """(K, d), rows of any length."""
+        return self.weight
+
+
+def check_num_prototypes(num_prototypes: int) -> None:
+    if num_prototypes < 1:
+        raise UserError(
+            f"num_prototypes: {num_prototypes} is not a positive count. The published value is 65536; "
+            "1024 suits fewer than 20,000 pictures."
+        )
 
 
 class PrototypeHead(nn.Module):
@@ -70,6 +87,7 @@ class PrototypeHead(nn.Module):
         num_layers: linear layers before the prototypes, the bottleneck included.
         batch_norm: after each hidden layer; as published for ResNet-50, and much better on small data.
         train_gain: see `Prototypes`.
+        weight_norm: false for `PlainPrototypes`.
     """
 
     def __init__(
@@ -82,6 +100,7 @@ class PrototypeHead(nn.Module):
         num_layers: int = 3,
         batch_norm: bool = False,
         train_gain: bool = False,
+        weight_norm: bool = True,
     ):
         super().__init__()
         if num_layers < 1:
@@ -98,7 +117,11 @@ class PrototypeHead(nn.Module):
                 layers += [nn.BatchNorm1d(width_out)] if batch_norm else []
                 layers.append(nn.GELU())
         self.mlp = nn.Sequential(*layers)
-        self.last_layer = Prototypes(bottleneck_dim, num_prototypes, train_gain)
+        self.last_layer: Prototypes | PlainPrototypes
+        if weight_norm:
+            self.last_layer = Prototypes(bottleneck_dim, num_prototypes, train_gain)
+        else:
+            self.last_layer = PlainPrototypes(bottleneck_dim, num_prototypes)
 
     def forward(self, features: Tensor) -> Scores:
         """(..., D) -> Scores with features (..., d) of unit length and prototypes (K, d)."""

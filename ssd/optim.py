@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ssd.backbones.base import Backbone
 from ssd.errors import UserError
 from ssd.schedules import Schedule
 
@@ -97,19 +98,54 @@ def decays_unless_bias_norm_or_scale(name: str, parameter: Tensor) -> bool:
 DECAY_RULES = {"bias_and_1d": decays_unless_bias_or_1d, "bias_norm_and_scale": decays_unless_bias_norm_or_scale}
 
 
-def parameter_groups(module: nn.Module, decay_rule: str) -> list[dict[str, Any]]:
-    """Trainable parameters of a module in two groups, decayed and not; `decays` marks them.
+def parameter_groups(
+    module: nn.Module, decay_rule: str, layer_decay: float = 1.0, patch_embed_lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """Trainable parameters of a module, grouped by how they are trained.
 
-    Raises UserError for a rule that is not in DECAY_RULES.
+    Each group says whether it `decays`, what its learning rate is multiplied by (`lr_scale`), and whether it is a
+    `last_layer`, which may be frozen at first. With L blocks, a backbone's parameters at depth i, 0 for what comes before
+    the blocks and L + 1 behind them, learn at layer_decay^(L + 1 - i) (DINOv2); a mask token counts as coming before.
+
+    Raises UserError for a rule that is not in DECAY_RULES, or a scale without a patch embedding to apply it to.
     """
     if decay_rule not in DECAY_RULES:
         raise UserError(f"decay_rule: '{decay_rule}' is unknown. Choose one of {', '.join(sorted(DECAY_RULES))}.")
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    rule = DECAY_RULES[decay_rule]
+    scales = lr_scales(module, layer_decay, patch_embed_lr_scale)
+    groups: dict[tuple[bool, float, bool], list[Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            kind = (DECAY_RULES[decay_rule](name, parameter), scales[name], "last_layer" in name)
+            groups.setdefault(kind, []).append(parameter)
     return [
-        {"params": [p for name, p in trained if rule(name, p) == decays], "decays": decays, "lr_scale": 1.0}
-        for decays in (True, False)
+        {"params": parameters, "decays": decays, "lr_scale": scale, "last_layer": last_layer}
+        for (decays, scale, last_layer), parameters in groups.items()
     ]
+
+
+def lr_scales(module: nn.Module, layer_decay: float, patch_embed_lr_scale: float) -> dict[str, float]:
+    """What the learning rate of each parameter is multiplied by."""
+    scales = {name: 1.0 for name, _ in module.named_parameters()}
+    for place, backbone in module.named_modules():
+        if not isinstance(backbone, Backbone):
+            continue
+        prefix = f"{place}." if place else ""
+        behind = backbone.num_blocks + 1
+        for name, depth in backbone.depths().items():
+            scales[f"{prefix}{name}"] = layer_decay ** (behind - depth)
+        beside = place.rpartition(".")[0]
+        token = f"{beside}.mask_token" if beside else "mask_token"
+        if token in scales:
+            scales[token] = layer_decay**behind
+    if patch_embed_lr_scale != 1:
+        embeddings = [name for name in scales if "patch_embed" in name]
+        if not embeddings:
+            raise UserError(
+                f"patch_embed_lr_scale: {patch_embed_lr_scale} finds no patch embedding in this backbone. Use 1."
+            )
+        for name in embeddings:
+            scales[name] *= patch_embed_lr_scale
+    return scales
 
 
 LR_RULES = {"linear": lambda share: share, "sqrt": lambda share: share**0.5, "none": lambda share: 1.0}

@@ -1,13 +1,29 @@
 """Networks that answer for whole pictures and for chosen patches: what masked prediction in latent space runs."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ssd.backbones.base import Backbone
-from ssd.batch import Scores
+from ssd.batch import Scores, Tokens
 from ssd.heads import PrototypeHead, Prototypes
+
+
+@dataclass
+class Answers:
+    """What a `PatchBranch` answers.
+
+    Args:
+        pictures: of all views, features (S, B, d).
+        patches: of the patches asked for, features (U, d).
+        tokens: name of the view -> what the backbone gave, V * B pictures together.
+    """
+
+    pictures: Scores
+    patches: Scores
+    tokens: dict[str, Tokens]
 
 
 class PatchHead(nn.Module):
@@ -37,10 +53,12 @@ class PatchHead(nn.Module):
 
 
 class PatchBranch(nn.Module):
-    """Backbone and a head for pictures and patches as one network, called once a step with all it is to see.
+    """Backbone and heads for pictures and patches as one network, called once a step with all it is to see.
 
     Args:
-        head: called with pooled features (S, B, D) and patches (U, D), as `PatchHead`.
+        head: for pictures and patches, called with pooled features (S, B, D) and patches (U, D), as `PatchHead`; for
+            pictures alone, as `PrototypeHead`, where there is a `patch_head`.
+        patch_head: for patches alone (U, D), sharing nothing with the other.
 
     Attributes:
         mask_token: (1, D), from zero; what the student sees at masked patches. A teacher, which masks nothing, is made
@@ -49,10 +67,11 @@ class PatchBranch(nn.Module):
 
     mask_token: Tensor | None
 
-    def __init__(self, backbone: Backbone, head: nn.Module):
+    def __init__(self, backbone: Backbone, head: nn.Module, patch_head: nn.Module | None = None):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.patch_head = patch_head
         self.mask_token = nn.Parameter(torch.zeros(1, backbone.embed_dim))
 
     def forward(
@@ -61,20 +80,25 @@ class PatchBranch(nn.Module):
         *,
         masked: Mapping[str, Tensor] | None = None,
         places: Mapping[str, Tensor | None],
-    ) -> tuple[Scores, Scores]:
-        """What the head answers.
+    ) -> Answers:
+        """What the heads answer.
 
         Args:
             views: name -> (V, B, C, H, W).
             masked: name -> (V, B, N) True at patches whose embedding becomes the mask token.
             places: name -> (U,) the patches that go to the head, counted through (V, B, N); None for all of them.
         """
-        pooled, patches = [], []
+        seen, pooled, chosen = {}, [], []
         for name, pictures in views.items():
             hidden = None if masked is None or name not in masked else masked[name].flatten(0, 1)
             tokens = self.backbone(pictures.flatten(0, 1), masked=hidden, mask_token=self.mask_token)
+            seen[name] = tokens
             pooled.append(tokens.pooled().unflatten(0, pictures.shape[:2]))
             if name in places:
-                rows, chosen = tokens.patches.flatten(0, 1), places[name]
-                patches.append(rows if chosen is None else rows.index_select(0, chosen))
-        return self.head(torch.cat(pooled), torch.cat(patches))
+                rows, where = tokens.patches.flatten(0, 1), places[name]
+                chosen.append(rows if where is None else rows.index_select(0, where))
+        if self.patch_head is None:
+            of_pictures, of_patches = self.head(torch.cat(pooled), torch.cat(chosen))
+        else:
+            of_pictures, of_patches = self.head(torch.cat(pooled)), self.patch_head(torch.cat(chosen))
+        return Answers(of_pictures, of_patches, seen)

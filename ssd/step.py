@@ -79,8 +79,12 @@ class Step(Recorded, nn.Module):
         lr_reference_batch: the global batch for which `lr` is written.
         weight_decay: of decayed parameters.
         decay_rule: "bias_and_1d" frees biases and vectors (DINO), "bias_norm_and_scale" frees by name (DINOv2).
+        layer_decay: factor on the learning rate from one block to the one before it; 1 trains all alike.
+        patch_embed_lr_scale: further factor on the learning rate of the patch embedding.
         clip: gradient clipping, or null.
         freeze_last_layer: for how long prototypes stay as drawn, a share of the run or "1 epochs".
+        freeze_by: "gradient": meanwhile the optimiser does not see them (DINO); "rate": it gathers its moments and steps
+            at rate 0 (DINOv2).
         steps: length of the run in steps; null follows `trainer.max_epochs`.
         micro_batches: slices of a batch that are passed one after the other to save memory; same result.
         ghost_norm: allow batch normalisation over slices or over unsynchronised ranks, which is not the same result.
@@ -103,8 +107,11 @@ class Step(Recorded, nn.Module):
         lr_reference_batch: int = 256,
         weight_decay: float | Schedule = Cosine(0.04, 0.4),  # noqa: B008
         decay_rule: str = "bias_and_1d",
+        layer_decay: float = 1.0,
+        patch_embed_lr_scale: float = 1.0,
         clip: Clip | None = Clip(3.0, over="tensor"),  # noqa: B008
         freeze_last_layer: Length = "1 epochs",
+        freeze_by: str = "gradient",
         steps: int | None = None,
         micro_batches: int = 1,
         ghost_norm: bool = False,
@@ -117,6 +124,11 @@ class Step(Recorded, nn.Module):
                 raise UserError(f"{name}: {value} is not a positive count. Use 1 or more.")
         if steps is not None and steps < 1:
             raise UserError(f"steps: {steps} is not a positive count. Use null to follow trainer.max_epochs.")
+        for name, value in {"layer_decay": layer_decay, "patch_embed_lr_scale": patch_embed_lr_scale}.items():
+            if not 0 < value <= 1:
+                raise UserError(f"{name}: {value} is not a factor above 0 and at most 1. 1 changes nothing.")
+        if freeze_by not in ("gradient", "rate"):
+            raise UserError(f"freeze_by: '{freeze_by}' is unknown. Choose 'gradient' or 'rate'.")
         resolve_lr(1.0, lr_rule, lr_reference_batch, lr_reference_batch)
         self.views = views_named(views)
         self.optimizer = optimizer
@@ -125,8 +137,11 @@ class Step(Recorded, nn.Module):
         self.lr_reference_batch = lr_reference_batch
         self.weight_decay = weight_decay
         self.decay_rule = decay_rule
+        self.layer_decay = layer_decay
+        self.patch_embed_lr_scale = patch_embed_lr_scale
         self.clip = clip
         self.freeze_last_layer = freeze_last_layer
+        self.freeze_by = freeze_by
         self.steps = steps
         self.micro_batches = micro_batches
         self.ghost_norm = ghost_norm
@@ -167,7 +182,8 @@ class Step(Recorded, nn.Module):
 
     def build_optimizers(self) -> list[Optimizer]:
         """One for each entry of `optimized`, in its order."""
-        return [plan.optimizer.build(parameter_groups(plan.module, self.decay_rule)) for plan in self.optimized()]
+        rates = (self.decay_rule, self.layer_decay, self.patch_embed_lr_scale)
+        return [plan.optimizer.build(parameter_groups(plan.module, *rates)) for plan in self.optimized()]
 
     @property
     def evaluated_backbone(self) -> Backbone:
@@ -258,12 +274,12 @@ class Step(Recorded, nn.Module):
             for buffer, saved in statistics:
                 buffer.copy_(saved)
         else:
-            frozen = self.step < in_steps(self.freeze_last_layer, self.total_steps, self.steps_per_epoch)
+            frozen = self._frozen()
             for plan, optimizer, plan_norms in zip(plans, optimizers, norms, strict=True):
                 if plan.clip is not None:
                     names, gradients = trained_gradients(plan.module)
-                    plan.clip.apply(gradients, plan_norms, [name.partition(".")[0] for name in names])
-                if frozen:
+                    plan.clip.apply(gradients, plan_norms, [part_of(name) for name in names])
+                if frozen and self.freeze_by == "gradient":
                     # without a gradient the optimiser neither decays a weight nor moves its moments
                     for name, parameter in plan.module.named_parameters():
                         if "last_layer" in name:
@@ -282,6 +298,10 @@ class Step(Recorded, nn.Module):
         self.last_report = report
         return report
 
+    def _frozen(self) -> bool:
+        """Whether the prototypes stay as drawn in this step."""
+        return self.step < in_steps(self.freeze_last_layer, self.total_steps, self.steps_per_epoch)
+
     def _weight(self, term: str) -> float:
         return self.at(f"{term}_weight") if hasattr(self, f"{term}_weight") else 1.0
 
@@ -289,8 +309,9 @@ class Step(Recorded, nn.Module):
         lr = resolve_lr(plan.lr, self.lr_rule, self.lr_reference_batch, batch)
         lr = value_at(lr, self.step, self.total_steps, self.steps_per_epoch)
         weight_decay = value_at(plan.weight_decay, self.step, self.total_steps, self.steps_per_epoch)
+        still = self.freeze_by == "rate" and self._frozen()
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = 0.0 if still and group["last_layer"] else lr * group["lr_scale"]
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
     def _normalisation_statistics(self) -> list[tuple[Tensor, Tensor]]:
@@ -344,6 +365,12 @@ class Step(Recorded, nn.Module):
 
 
 COUNTS = ("step", "total_steps", "steps_per_epoch", "skipped_steps", "skipped_in_a_row", "samples_per_step")
+
+
+def part_of(name: str) -> str:
+    """Which of a network's parts a parameter belongs to: what it holds itself, a mask token, is the backbone's."""
+    part, _, inner = name.partition(".")
+    return part if inner else "backbone"
 
 
 def trained_gradients(module: nn.Module) -> tuple[list[str], list[Tensor]]:

@@ -3,8 +3,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from ssd.backbones.convnet import ConvNet
+from ssd.backbones.vit import ViT
 from ssd.errors import UserError
 from ssd.optim import LARS, Clip, parameter_groups, resolve_lr
+from ssd.patch_heads import PatchBranch
 from ssd.schedules import Cosine
 
 
@@ -30,6 +33,47 @@ def test_clipping_ranges():
     nn.utils.clip_grad_norm_(reference, 3.0)
     for ours, parameter in zip(together, reference):
         assert_close(ours, parameter.grad)
+
+
+class OneHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.last_layer = nn.Linear(8, 8, bias=False)
+
+
+def scales_of(network, **settings):
+    names = {id(p): name for name, p in network.named_parameters()}
+    groups = parameter_groups(network, "bias_norm_and_scale", **settings)
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    return {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}, groups
+
+
+@pytest.mark.parametrize(
+    "depth, decay, embeddings, patch_embed",
+    [(12, 0.9, 0.2542, 0.0508), (24, 0.9, 0.0718, 0.01436), (40, 0.98, 0.4368, 0.0874)],
+)
+def test_layer_decay_has_the_published_factors(depth, decay, embeddings, patch_embed):
+    arguments = {"embed_dim": 8, "depth": depth, "num_heads": 2, "init_values": 1e-5, "reg_tokens": 2}
+    network = PatchBranch(ViT("vit_tiny_patch16_224", img_size=32, arguments=arguments), OneHead())
+    scales, groups = scales_of(network, layer_decay=decay, patch_embed_lr_scale=0.2)
+    for name in ("cls_token", "pos_embed", "reg_token"):
+        assert scales[f"backbone.model.{name}"] == pytest.approx(embeddings, abs=1e-4)
+    assert scales["mask_token"] == pytest.approx(embeddings, abs=1e-4)
+    assert scales["backbone.model.patch_embed.proj.weight"] == pytest.approx(patch_embed, abs=1e-4)
+    assert scales["backbone.model.blocks.0.attn.qkv.weight"] == pytest.approx(decay**depth)
+    assert scales[f"backbone.model.blocks.{depth - 1}.ls2.gamma"] == pytest.approx(decay)
+    assert scales["backbone.model.norm.weight"] == scales["head.linear.weight"] == scales["head.last_layer.weight"] == 1
+    assert [len(group["params"]) for group in groups if group["last_layer"]] == [1]
+
+
+def test_layer_decay_counts_the_stages_of_a_convnet():
+    convnet = ConvNet("resnet18", arguments={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "stem_width": 8})
+    scales, _ = scales_of(convnet, layer_decay=0.5)
+    assert scales["model.conv1.weight"] == 0.5**5
+    assert scales["model.layer1.0.conv1.weight"] == 0.5**4 and scales["model.layer4.0.conv1.weight"] == 0.5
+    with pytest.raises(UserError, match=r"patch_embed_lr_scale: 0.2 finds no patch embedding"):
+        parameter_groups(convnet, "bias_and_1d", patch_embed_lr_scale=0.2)
 
 
 def test_published_decay_rules():

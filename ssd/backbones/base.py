@@ -94,6 +94,16 @@ class Backbone(Recorded, nn.Module):
     def num_blocks(self) -> int:
         return len(self.blocks)
 
+    def depths(self) -> dict[str, int]:
+        """Name of each parameter -> 0 before the blocks, the number of its block, num_blocks + 1 behind them."""
+        numbers = {id(p): number for number, block in enumerate(self.blocks, 1) for p in block.parameters()}
+        depths, behind = {}, False
+        for name, parameter in self.named_parameters():
+            number = numbers.get(id(parameter))
+            behind = behind or number is not None
+            depths[name] = number if number is not None else self.num_blocks + 1 if behind else 0
+        return depths
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an input of `height` by `width` pixels."""
         raise NotImplementedError

@@ -10,6 +10,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from ssd.backbones.base import Backbone, create, say_padding, tap_names
+from ssd.backbones.drop_path import set_drop_path
 from ssd.batch import Tokens
 from ssd.errors import UserError
 
@@ -27,8 +28,9 @@ class ViT(Backbone):
             vit_small_patch16_dinov3.
         img_size: pixels of the side (or height and width) that learned positions are kept for; the
             name's own where None. Other inputs work, at the cost of resizing positions.
-        drop_path_rate: share of samples whose residual branch is skipped in the last block, growing
-            linearly from 0 in the first.
+        drop_path_rate: share of samples whose residual branch is skipped, in the last block at least.
+        drop_path_rule: "linear": the share grows from 0 in the first block; "uniform": it is the same in all; "subset":
+            the same, and what is skipped is not computed (DINOv2), which saves its time and memory.
         weights: start from "timm", "timm:TAG", an exported folder, a weights file or a checkpoint.
         rgb_channels: which channels are red, green and blue, counted from 0, where `weights` are of an RGB network and
             the pictures have more channels; null = the first three.
@@ -44,6 +46,7 @@ class ViT(Backbone):
         in_chans: int = 3,
         img_size: int | Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
+        drop_path_rule: str = "linear",
         weights: str | None = None,
         rgb_channels: list[int] | None = None,
         arguments: dict[str, Any] | None = None,
@@ -66,6 +69,7 @@ class ViT(Backbone):
         model = create(name, build, arguments)
         if hasattr(model, "dist_token"):
             raise UserError(f"'{name}' has a distillation token, which no method here uses. Use the name without it.")
+        set_drop_path(model.blocks, drop_path_rate, drop_path_rule)
         model.global_pool = "avg" if model.cls_token is None else "token"
         self.model = model
         self.rotary = isinstance(model, Eva)

@@ -265,6 +265,15 @@ class SpanMasks(Masking):
 # ---------------------------------------------------------------------- checks
 
 
+def require_whole_crops(masks: Masking, by: str) -> None:
+    """Raises UserError for masks that leave no crop whole, which the method named `by` needs."""
+    if masks.exact:
+        raise UserError(
+            f"masks: {type(masks).__name__} masks every crop by the same count, and {by} needs about half of them whole. "
+            "Use BlockMasks or ScatteredMasks."
+        )
+
+
 def picture_grid(what: str, grid: tuple[int, ...]) -> tuple[int, int]:
     if len(grid) != 2:
         raise UserError(f"{what} are for pictures, and the tokens lie on a grid of {grid}. Use RandomMasks.")

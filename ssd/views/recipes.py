@@ -29,6 +29,7 @@ class DINOViews(PictureViews):
         jitter_prob: probability that a view is jittered.
         grey_prob: probability that a view loses its colour.
         blur_prob: probability of a blur in the first global, the second global and the local views.
+        blur_prob_inverted: blur with 1 - `blur_prob` instead: what the released DINOv2 and DINOv3 were trained with.
         blur_radius: smallest and largest standard deviation of the blur, px.
         solarize_prob: probability of solarisation in the first global, the second global and the local views.
         solarize_threshold: pixel values from here on are inverted, 0 to 255.
@@ -47,6 +48,7 @@ class DINOViews(PictureViews):
     jitter_prob: float = 0.8
     grey_prob: float = 0.2
     blur_prob: Sequence[float] = (1.0, 0.1, 0.5)
+    blur_prob_inverted: bool = False
     blur_radius: Sequence[float] = (0.1, 2.0)
     solarize_prob: Sequence[float] = (0.0, 0.2, 0.0)
     solarize_threshold: float = 128
@@ -82,7 +84,7 @@ class DINOViews(PictureViews):
                 jitter=self.jitter,
                 jitter_prob=self.jitter_prob,
                 grey_prob=self.grey_prob,
-                blur_prob=blur_prob,
+                blur_prob=1 - blur_prob if self.blur_prob_inverted else blur_prob,
                 blur_radius=self.blur_radius,
                 solarize_prob=solarize_prob,
                 solarize_threshold=self.solarize_threshold,
@@ -132,6 +134,8 @@ class PlainViews(PictureViews):
 
 RECIPES: dict[str, Views] = {
     "dino": DINOViews(),
+    # as the released models were trained; blur_prob_inverted: false is what was meant
+    "dinov2": DINOViews(global_scale=(0.32, 1.0), local_scale=(0.05, 0.32), blur_prob_inverted=True),
     # pictures of about 32 px: a local crop below a tenth of them holds under 10 px a side, and a blur of
     # 2 px wipes out what little there is
     "dino_small": DINOViews(

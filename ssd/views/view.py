@@ -70,6 +70,17 @@ class Views:
         raise NotImplementedError(f"{type(self).__name__} does not say which views it has: define `kinds`.")
 
 
+def require_globals(views: Views, least: int, by: str) -> None:
+    """Raises UserError unless there are so many "global" views for the method named `by`, and another to predict."""
+    kinds = {kind: len(found) for kind, found in views.kinds().items()}
+    if kinds.get("global", 0) < least or sum(kinds.values()) < 2:
+        several = "a 'global' view" if least == 1 else f"at least {least} 'global' views"
+        raise UserError(
+            f"views: this recipe gives {kinds}, but {by} needs {several} and two views in all, so that one can be told from "
+            "another. Use the recipe 'dino'."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class PictureViews(Views):
     """Views that are pictures, or pictures over time.

@@ -264,7 +264,7 @@ def test_entropy_and_divergence_make_up_the_loss():
         ({"center_momentum": 1.5}, "center_momentum: 1.5"),
         ({"micro_batches": 0}, "micro_batches: 0"),
         ({"lr_rule": "cubic"}, "lr_rule: 'cubic'"),
-        ({"views": "plain"}, "at least two views"),
+        ({"views": "plain"}, "two views in all"),
         ({"head_layers": 0}, "head_layers: 0"),
         ({"teacher_buffers": "none"}, "buffers: 'none'"),
     ],
