@@ -125,8 +125,9 @@ class PrototypeHead(nn.Module):
 
     def forward(self, features: Tensor) -> Scores:
         """(..., D) -> Scores with features (..., d) of unit length and prototypes (K, d)."""
-        bottleneck = self.mlp(features.flatten(0, -2)).float()
-        bottleneck = F.normalize(bottleneck, dim=-1)
+        bottleneck = self.mlp(features.flatten(0, -2))
+        # directions need more than half precision
+        bottleneck = F.normalize(bottleneck.to(torch.promote_types(bottleneck.dtype, torch.float32)), dim=-1)
         return Scores(bottleneck.unflatten(0, features.shape[:-1]), self.last_layer())
 
 
