@@ -25,6 +25,7 @@ from ssd.resume import (
 )
 from ssd.schedules import Schedule, value_at
 from ssd.step import NORMALISATIONS, Step, StepReport
+from ssd.weights.stages import start_stage
 
 SEEN = ("views", "fingerprint", "sampling", "mean", "std", "value_range", "channels", "seed")
 """Of what a checkpoint says of views and data that which decides what a step sees."""
@@ -163,6 +164,10 @@ class SelfDistillation(Step, pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.stop_requested, self.last_report = False, None
+        if self.step == 0:  # a checkpoint to go on with was read before
+            if self.start_from is not None:
+                start_stage(self, self.start_from)
+            self.begin_fresh()
 
     def on_train_start(self) -> None:
         steps_per_epoch = int(self.trainer.num_training_batches)

@@ -13,7 +13,7 @@ from ssd.batch import Batch, Rows, Scores, Targets, Whole
 from ssd.errors import UserError
 from ssd.heads import PrototypeHead
 from ssd.losses.prototype import cross_view_cross_entropy, token_cross_entropy
-from ssd.losses.spread import koleo
+from ssd.losses.spread import check_koleo_group, koleo
 from ssd.masking.recipes import BlockMasks, Masking, require_whole_crops
 from ssd.optim import Clip
 from ssd.patch_heads import PatchBranch, PatchHead
@@ -101,10 +101,7 @@ class DINOv2(SelfDistillation):
         backbone.require("masked", by=type(self).__name__)
         require_globals(self.views, 2, by=type(self).__name__)
         require_whole_crops(masks, by=type(self).__name__)
-        if koleo_group < 2:
-            raise UserError(
-                f"koleo_group: {koleo_group} samples have no neighbours. Use 2 or more, or koleo_weight: 0."
-            )
+        check_koleo_group(koleo_group)
         if shared_head and num_patch_prototypes is not None:
             raise UserError("num_patch_prototypes is for patches with a head of their own. Set shared_head: false.")
         self.masking = {"global": masks}
@@ -162,19 +159,11 @@ class DINOv2(SelfDistillation):
         # the weights of a crop's masked patches sum to 1, and a crop without any counts as a crop
         crops = len(masks.boolean) * batch.total
         terms = {"dino": dino.sum() / batch.total, "ibot": (targets.patch_weight * ibot).sum() / crops}
-        return terms | self.spread(answers.tokens["global"].pooled(), batch)
-
-    def spread(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """KoLeo of the global views' features (V * B, D), where it has a weight."""
-        if self.koleo_weight == 0:
-            return {}
-        if self.micro_batches > 1 and self.koleo_group > len(batch):
-            raise UserError(
-                f"koleo_group: {self.koleo_group} does not fit the {len(batch)} samples of a slice. Use a divisor of them, or "
-                "fewer micro_batches."
-            )
-        views = batch.views["global"].shape[0]
-        return {"koleo": koleo(features.unflatten(0, (views, len(batch))), self.koleo_group).sum() / batch.total}
+        if self.koleo_weight != 0:
+            check_koleo_group(self.koleo_group, len(batch), self.micro_batches)
+            features = answers.tokens["global"].pooled().unflatten(0, masks.boolean.shape[:2])  # (V, B, D)
+            terms["koleo"] = koleo(features, self.koleo_group).sum() / batch.total
+        return terms
 
     def update(self, targets: Targets) -> None:
         self.center.update(targets.logits)

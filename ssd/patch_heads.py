@@ -1,5 +1,6 @@
 """Networks that answer for whole pictures and for chosen patches: what masked prediction in latent space runs."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,6 +60,8 @@ class PatchBranch(nn.Module):
         head: for pictures and patches, called with pooled features (S, B, D) and patches (U, D), as `PatchHead`; for
             pictures alone, as `PrototypeHead`, where there is a `patch_head`.
         patch_head: for patches alone (U, D), sharing nothing with the other.
+        own_local_norm: gives the class tokens of "local" views a final norm of their own (DINOv3's 7B); evaluation uses the
+            backbone's.
 
     Attributes:
         mask_token: (1, D), from zero; what the student sees at masked patches. A teacher, which masks nothing, is made
@@ -67,12 +70,20 @@ class PatchBranch(nn.Module):
 
     mask_token: Tensor | None
 
-    def __init__(self, backbone: Backbone, head: nn.Module, patch_head: nn.Module | None = None):
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: nn.Module,
+        patch_head: nn.Module | None = None,
+        *,
+        own_local_norm: bool = False,
+    ):
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.patch_head = patch_head
         self.mask_token = nn.Parameter(torch.zeros(1, backbone.embed_dim))
+        self.local_norm = copy.deepcopy(backbone.model.norm) if own_local_norm else None
 
     def forward(
         self,
@@ -91,9 +102,13 @@ class PatchBranch(nn.Module):
         seen, pooled, chosen = {}, [], []
         for name, pictures in views.items():
             hidden = None if masked is None or name not in masked else masked[name].flatten(0, 1)
-            tokens = self.backbone(pictures.flatten(0, 1), masked=hidden, mask_token=self.mask_token)
+            last = f"block{self.backbone.num_blocks}"
+            own_norm = self.local_norm if name == "local" else None
+            taps = () if own_norm is None else (last,)
+            tokens = self.backbone(pictures.flatten(0, 1), masked=hidden, mask_token=self.mask_token, taps=taps)
             seen[name] = tokens
-            pooled.append(tokens.pooled().unflatten(0, pictures.shape[:2]))
+            vectors = tokens.pooled() if own_norm is None else own_norm(tokens.taps[last][:, 0])
+            pooled.append(vectors.unflatten(0, pictures.shape[:2]))
             if name in places:
                 rows, where = tokens.patches.flatten(0, 1), places[name]
                 chosen.append(rows if where is None else rows.index_select(0, where))

@@ -100,17 +100,23 @@ class Cosine(Schedule):
 
     Args:
         warmup: length of the rise, a share of the run or a count with its unit.
+        reaches_end: the other form: the rise does not include its end, so `start` occurs once, and the last tick is at
+            `end` (DINOv3's long recipes).
     """
 
     warmup: Length = 0.0
     warmup_start: float = 0.0
+    reaches_end: bool = False
 
     def _value(self, tick: int, ticks: int, length_in_ticks: Callable[[Length], int]) -> float:
         rise = length_in_ticks(self.warmup)
         if tick < rise:
-            return self.warmup_start + (self.start - self.warmup_start) * tick / max(rise - 1, 1)
+            way = rise if self.reaches_end else max(rise - 1, 1)
+            return self.warmup_start + (self.start - self.warmup_start) * tick / way
         if tick >= ticks:
             return self.end
+        if self.reaches_end:
+            rise, ticks = min(rise, ticks - 2), ticks - 1
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * (tick - rise) / (ticks - rise)))
 
 

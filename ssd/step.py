@@ -86,6 +86,8 @@ class Step(Recorded, nn.Module):
         freeze_by: "gradient": meanwhile the optimiser does not see them (DINO); "rate": it gathers its moments and steps
             at rate 0 (DINOv2).
         steps: length of the run in steps; null follows `trainer.max_epochs`.
+        start_from: checkpoint of the same method whose networks and centres a new run begins with, at step 0 and with a fresh
+            optimiser: the next stage of a recipe. Going on with a run is `ckpt_path`.
         micro_batches: slices of a batch that are passed one after the other to save memory; same result.
         ghost_norm: allow batch normalisation over slices or over unsynchronised ranks, which is not the same result.
         compile: compile student and teacher block by block; pays on a GPU, costs minutes at the start.
@@ -94,6 +96,8 @@ class Step(Recorded, nn.Module):
 
     student: nn.Module
     teacher: nn.Module
+    added_later: tuple[str, ...] = ()
+    """Beginnings of the names of state that checkpoints of earlier stages may lack."""
     masking: Mapping[str, Masking] = MappingProxyType({})
     """Kind of view -> how its tokens are masked; a method that masks sets it."""
 
@@ -113,6 +117,7 @@ class Step(Recorded, nn.Module):
         freeze_last_layer: Length = "1 epochs",
         freeze_by: str = "gradient",
         steps: int | None = None,
+        start_from: str | None = None,
         micro_batches: int = 1,
         ghost_norm: bool = False,
         compile: bool = False,
@@ -143,6 +148,7 @@ class Step(Recorded, nn.Module):
         self.freeze_last_layer = freeze_last_layer
         self.freeze_by = freeze_by
         self.steps = steps
+        self.start_from = start_from
         self.micro_batches = micro_batches
         self.ghost_norm = ghost_norm
         self.compile_networks = compile
@@ -170,6 +176,10 @@ class Step(Recorded, nn.Module):
     def update(self, targets: Targets) -> None:
         """Writes whatever is not the student's weights. Once, after the optimiser step; not on a skipped step."""
         raise NotImplementedError(f"{type(self).__name__} must define update")
+
+    def begin_fresh(self) -> None:
+        """Called once where a run begins that goes on with no other, before its first step and after `start_from` was
+        read: for networks that are read from files, or copied from others."""
 
     def measures(self, targets: Targets) -> dict[str, Tensor]:
         """What else is worth knowing of the targets of a logged step: scalars over this rank's samples, on the device,
@@ -367,10 +377,13 @@ class Step(Recorded, nn.Module):
 COUNTS = ("step", "total_steps", "steps_per_epoch", "skipped_steps", "skipped_in_a_row", "samples_per_step")
 
 
+BESIDE_BACKBONE = ("mask_token", "local_norm")  # what a network holds for its backbone, so that exports stay plain
+
+
 def part_of(name: str) -> str:
-    """Which of a network's parts a parameter belongs to: what it holds itself, a mask token, is the backbone's."""
-    part, _, inner = name.partition(".")
-    return part if inner else "backbone"
+    """Which of a network's parts a parameter belongs to: backbone, or one of the heads."""
+    part = name.partition(".")[0]
+    return "backbone" if part in BESIDE_BACKBONE else part
 
 
 def trained_gradients(module: nn.Module) -> tuple[list[str], list[Tensor]]:

@@ -105,6 +105,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3, vali
         scores = scores / sum_over_ranks(counted.sum(-2, keepdim=True)).clamp_min(smallest.tiny)
         # a row that is far from every prototype's best row underflows to zeros; it stays uniform
         row = scores.sum(-1, keepdim=True)
-        filled = row > 0 if valid is None else (row > 0) & valid[..., None]
-        scores = torch.where(filled, scores / row, torch.full_like(scores, 1 / scores.shape[-1]))
+        # what is not a number stays so, and the step is skipped
+        empty = row == 0 if valid is None else (row == 0) | ~valid[..., None]
+        scores = torch.where(empty, torch.full_like(scores, 1 / scores.shape[-1]), scores / row)
     return scores

@@ -333,3 +333,18 @@ def test_compiled_blocks_are_the_same_blocks(grid, smallest, largest, monkeypatc
     monkeypatch.setattr(native, "available", lambda: False)
     assert (compiled == draw_blocks(*arguments)).all()
     assert compiled.any() or max(grid) == 2
+
+
+def test_filled_blocks_mask_the_same_number_in_every_step():
+    """Card dinov3: 16 of 32 crops of 16 x 16 patches are asked for int(256 p) of evenly spread shares, and get them."""
+    recipe = BlockMasks(smallest=4, largest=0.5, even=True, filled=True)
+    expected = [32, 38, 44, 51, 57, 64, 70, 76, 83, 89, 96, 102, 108, 115, 121, 128]
+    blocks = BlockMasks(smallest=4, largest=0.5, even=True)
+    for seed in range(20):
+        counts = recipe.draw(2, 16, (16, 16), 0, seed).sum(2).ravel()
+        assert sorted(counts[counts > 0]) == expected
+        assert blocks.draw(2, 16, (16, 16), 0, seed).sum() < 1274
+    masks = masks_for(recipe, 2, 16, (16, 16), 0, 0)
+    assert (masks.weight > 0).all(), "nothing is padded"
+    with pytest.raises(UserError, match="filled: true is for masks whose shares are spread evenly"):
+        BlockMasks(filled=True)

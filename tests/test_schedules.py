@@ -68,3 +68,14 @@ def test_a_schedule_that_waits_is_the_schedule_of_the_rest():
         rest = [schedule.value(step, 20, 5) for step in range(20)]
         assert [waiting.value(step, 30, 5) for step in range(30)] == pytest.approx(rest[:1] * 10 + rest)
     assert Linear(0.0, 1.0, after="50 steps").value(9, 10, 5) == 0.0, "a run may end before"
+
+
+def test_the_form_that_reaches_its_end_has_the_published_values():
+    """Card dinov3, section 5: peak 1 and end 0 after a warm-up of 2 of 5 ticks; DINO's form beside it."""
+    long = Cosine(1.0, 0.0, warmup="2 steps", reaches_end=True)
+    assert [long.value(i, 5, 1) for i in range(6)] == pytest.approx([0, 0.5, 1, 0.5, 0, 0])
+    assert [Cosine(1.0, 0.0, warmup="2 steps").value(i, 5, 1) for i in range(5)] == pytest.approx([0, 1, 1, 0.75, 0.25])
+    constant = Cosine(2.0, 2.0, warmup="4 steps", reaches_end=True)
+    assert [constant.value(i, 8, 1) for i in range(8)] == pytest.approx([0, 0.5, 1, 1.5, 2, 2, 2, 2])
+    only = Cosine(1.0, 0.0, warmup="4 steps", reaches_end=True)
+    assert [only.value(i, 5, 1) for i in range(5)] == pytest.approx([0, 0.25, 0.5, 0.75, 0])

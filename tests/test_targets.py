@@ -119,3 +119,10 @@ def center_of_rank(rank, world):
     centering = Centering(4)
     centering.update(uneven_rows()[mine], torch.tensor([True, True, False, True, False])[mine])
     return centering.center
+
+
+def test_sinkhorn_does_not_hide_what_is_not_a_number():
+    logits = torch.randn(4, 6)
+    logits[1, 2] = float("nan")
+    assert sinkhorn_knopp(logits, 0.1).isnan().any()
+    assert sinkhorn_knopp(logits, 0.1, valid=torch.tensor([True, False, True, True])).isfinite().all()

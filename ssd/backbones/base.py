@@ -203,8 +203,8 @@ def create(name: str, kwargs: dict[str, Any], arguments: dict[str, Any] | None) 
 
 
 def set_drop_path_zero(module: nn.Module) -> None:
-    """Switch off every random drop (path, unit, block, token) inside `module`: what a teacher's copy needs
-    to be the same function in train mode."""
+    """Switch off every random drop (path, unit, block, token) and every random move of positions inside `module`: what a
+    teacher's copy needs to be the same function in train mode."""
     part: Any
     for part in module.modules():
         if isinstance(part, DropPath | DropBlock2d):
@@ -213,6 +213,8 @@ def set_drop_path_zero(module: nn.Module) -> None:
             part.p = 0.0
         elif isinstance(part, PatchDropout | PatchDropoutWithIndices):
             part.prob = 0.0
+        if getattr(part, "aug_active", False):
+            part.aug_active = False
         # timm's ResNet drops units by a rate that is a plain attribute
         if isinstance(getattr(part, "drop_rate", None), float):
             part.drop_rate = 0.0

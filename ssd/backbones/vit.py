@@ -5,7 +5,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
@@ -139,12 +138,10 @@ class ViT(Backbone):
             raise UserError(f"until is {until}, expected a block of '{self.name}': 1 to {self.num_blocks}.")
         wanted = tap_names(taps, last, self.num_blocks, self.name)
 
-        grid, sequence, rope = self.embed(x, masked, mask_token, visible)
+        grid, sequence, ropes = self.embed(x, masked, mask_token, visible)
         tapped: dict[str, Tensor] = {}
         for number, block in enumerate(self.blocks[:last], 1):
-            place: dict[str, Any] = {}
-            if self.rotary:
-                place["rope"] = rope[number - 1] if rope is not None and self.model.rope_mixed else rope
+            place: dict[str, Any] = {"rope": ropes[number - 1]} if self.rotary else {}
             if f"block{number}.mlp" in wanted:
                 sequence, tapped[f"block{number}.mlp"] = block_and_mlp(block, sequence, place)
             else:
@@ -164,8 +161,8 @@ class ViT(Backbone):
 
     def embed(
         self, x: Tensor, masked: Tensor | None, mask_token: Tensor | None, visible: Tensor | None
-    ) -> tuple[tuple[int, int], Tensor, Tensor | None]:
-        """The token grid, what enters the first block (B, prefix + N or n, D), and rotary positions."""
+    ) -> tuple[tuple[int, int], Tensor, Sequence[Tensor | None]]:
+        """The token grid, what enters the first block (B, prefix + N or n, D), and rotary positions for each block."""
         height, width = x.shape[-2:]
         rows, columns = self.patch
         if (height % rows or width % columns) and not self.padding_said and not torch.compiler.is_compiling():
@@ -181,9 +178,23 @@ class ViT(Backbone):
             prefix, rest = sequence[:, : self.num_prefix], sequence[:, self.num_prefix :]
             rest = rest.gather(1, visible[..., None].expand(-1, -1, rest.shape[-1]))
             sequence = torch.cat([prefix, rest], dim=1)  # (B, prefix + n, D)
-            if rope is not None:
-                rope = visible_rope(sequence, rope, visible, per_block=self.model.rope_mixed)
-        return grid, self.model.norm_pre(sequence), rope
+        return grid, self.model.norm_pre(sequence), self.rotations(rope, grid, visible)
+
+    def rotations(self, rope: Tensor | None, grid: tuple[int, int], visible: Tensor | None) -> Sequence[Tensor | None]:
+        """Rotary positions of what enters the blocks, for each of them: one for all, a model's own for each, or drawn for
+        each where positions are rescaled at random in training (DINOv3)."""
+        if rope is None:
+            return [None] * self.num_blocks
+        each: list[Tensor]
+        if self.model.rope_mixed:
+            each = list(rope)
+        elif self.training and getattr(self.model.rope, "aug_active", False):
+            each = [self.model.rope.get_embed(shape=list(grid)) for _ in self.blocks]
+        else:
+            each = [rope]
+        if visible is not None:
+            each = [visible_rope(rotation, visible) for rotation in each]
+        return each if len(each) > 1 else each * self.num_blocks
 
 
 def replace_masked(patches: Tensor, masked: Tensor, mask_token: Tensor | None) -> Tensor:
@@ -198,11 +209,10 @@ def replace_masked(patches: Tensor, masked: Tensor, mask_token: Tensor | None) -
     return torch.where(masked[..., None], mask_token.reshape(1, 1, -1).to(patches.dtype), patches)
 
 
-def visible_rope(sequence: Tensor, rope: Tensor, visible: Tensor, per_block: bool) -> Tensor:
-    """Rotary positions of the visible patches: (N, d) -> (B, 1, n, d), or per block and head,
-    (blocks, heads, N, d) -> (blocks, B, heads, n, d)."""
-    chosen = apply_keep_indices_nlc(sequence, rope, visible)
-    return chosen.transpose(0, 1) if per_block else chosen[:, None]
+def visible_rope(rope: Tensor, visible: Tensor) -> Tensor:
+    """Rotary positions of the visible patches (B, n): of (N, d), (B, 1, n, d); of (heads, N, d), (B, heads, n, d)."""
+    chosen = rope[..., visible, :]  # (B, n, d) or (heads, B, n, d)
+    return chosen[:, None] if rope.ndim == 2 else chosen.transpose(0, 1)
 
 
 def block_and_mlp(block: Any, sequence: Tensor, place: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ def koleo(features: Tensor, group_size: int, eps: float = 1e-8) -> Tensor:
     Raises UserError where neither holds, and for groups of one.
     """
     views, batch, _ = features.shape
-    check_group(group_size, batch)
+    check_koleo_group(group_size, batch)
     with torch.autocast(features.device.type, enabled=False):
         x = F.normalize(features.float(), dim=-1, eps=eps)
         if group_size <= batch:
@@ -40,12 +40,20 @@ def koleo(features: Tensor, group_size: int, eps: float = 1e-8) -> Tensor:
         return -torch.log(distance + eps).view(views, batch)
 
 
-def check_group(group_size: int, batch: int) -> None:
+def check_koleo_group(group_size: int, batch: int | None = None, slices: int = 1) -> None:
+    """Raises UserError for groups without neighbours, or that `batch` samples on each rank, one of so many slices, cannot
+    be divided into."""
     if group_size < 2:
-        raise UserError(f"koleo_group: {group_size} samples have no neighbours. Use 2 or more.")
-    across = group_size % batch == 0 and world_size() * batch % group_size == 0
-    if batch % group_size and not across:
+        raise UserError(f"koleo_group: {group_size} samples have no neighbours. Use 2 or more, or koleo_weight: 0.")
+    if batch is None or batch % group_size == 0:
+        return
+    if slices > 1:
         raise UserError(
-            f"koleo_group: {group_size} does not fit {batch} samples on each of {world_size()} processes (a slice, with "
-            "micro_batches). Use a divisor of that number, or a multiple that divides the whole step."
+            f"koleo_group: {group_size} does not fit the {batch} samples of a slice. Use a divisor of them, or fewer "
+            "micro_batches."
+        )
+    if group_size % batch or world_size() * batch % group_size:
+        raise UserError(
+            f"koleo_group: {group_size} does not fit {batch} samples on each of {world_size()} processes. Use a divisor of "
+            "data.batch_size, or a multiple of it that divides the whole step."
         )

@@ -45,8 +45,10 @@ def wanted_tokens(
     batch: int,
     tokens: int,
     rng: np.random.Generator,
+    upper: bool = False,
 ) -> np.ndarray:
-    """(views, batch) number of tokens to mask in each crop, whole numbers where shares are spread evenly."""
+    """(views, batch) number of tokens to mask in each crop, whole numbers where shares are spread evenly; with `upper`
+    those are the upper ends of their parts, not drawn."""
     low, high = recipe.ratio  # type: ignore[misc]
     if not recipe.even:
         masked = rng.random((views, batch)) < recipe.share
@@ -58,8 +60,8 @@ def wanted_tokens(
     rest = rng.permutation(given[whole:].copy().reshape(-1)).reshape(-1, views)
     given = np.concatenate([groups, rest])
     number = max(int((given >= 0).sum()), 1)
-    share = low + (high - low) * (given + rng.random(given.shape)) / number
-    return np.where(given >= 0, np.floor(share * tokens), 0.0).T
+    share = low + (high - low) * (given + (1 if upper else rng.random(given.shape))) / number
+    return np.where(given >= 0, np.floor(share * tokens + 1e-9), 0.0).T
 
 
 def most_tokens(
@@ -69,7 +71,7 @@ def most_tokens(
     low, high = recipe.ratio  # type: ignore[misc]
     given = strata(views, batch, recipe.share)
     masked = max(int((given >= 0).sum()), 1)
-    most = np.where(given >= 0, np.floor((low + (high - low) * (given + 1) / masked) * tokens), 0).sum(1)
+    most = np.where(given >= 0, np.floor((low + (high - low) * (given + 1) / masked) * tokens + 1e-9), 0).sum(1)
     for first in range(0, batch, SPREAD):
         part = most[first : first + SPREAD]
         most[first : first + SPREAD] = part.sum() / len(part)

@@ -115,6 +115,8 @@ class BlockMasks(Masking):
         even: True: exactly `share` of the crops are masked, by shares that are spread evenly over `ratio` (DINOv2).
             False: each crop is masked with probability `share`, by a share drawn for itself (iBOT).
         tries: for each rectangle, before the crop is left as it is.
+        filled: with `even`: each masked crop hides exactly the upper end of its part of `ratio`, single tokens making up
+            what rectangles leave short, so that every step masks the same number of tokens (DINOv3).
     """
 
     ratio: tuple[float, float] = (0.1, 0.5)
@@ -124,6 +126,7 @@ class BlockMasks(Masking):
     aspect: float = 0.3
     even: bool = False
     tries: int = 10
+    filled: bool = False
 
     exact: ClassVar[bool] = False
 
@@ -135,14 +138,21 @@ class BlockMasks(Masking):
         if not 0 < self.aspect <= 1:
             raise UserError(f"aspect is {self.aspect}. Use a number above 0 and at most 1.")
         check_count("tries", self.tries)
+        if self.filled and not self.even:
+            raise UserError("filled: true is for masks whose shares are spread evenly. Set even: true.")
 
     def masks(self, views: int, batch: int, grid: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
         height, width = picture_grid("block masks", grid)
-        wanted = wanted_tokens(self, views, batch, height * width, rng).reshape(-1)
+        wanted = wanted_tokens(self, views, batch, height * width, rng, upper=self.filled).reshape(-1)
         smallest = (min(height, width) // 3) ** 2 if self.smallest is None else self.smallest
         largest = height * width if self.largest == 1 else floor(self.largest * height * width)
         keys = rng.integers(0, 2**64, len(wanted), dtype=np.uint64)
-        return draw_blocks(wanted, (height, width), smallest, largest, self.aspect, self.tries, keys)
+        blocks = draw_blocks(wanted, (height, width), smallest, largest, self.aspect, self.tries, keys)
+        if not self.filled:
+            return blocks
+        blocks = blocks.reshape(len(wanted), -1)
+        short = wanted.astype(int) - blocks.sum(1)
+        return blocks | lowest_of_each(np.where(blocks, 2, rng.random(blocks.shape)), short)
 
     def most(self, views: int, batch: int, tokens: int) -> np.ndarray | None:
         return most_tokens(self, views, batch, tokens) if self.even else None

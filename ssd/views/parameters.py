@@ -69,6 +69,7 @@ ORDER_AT = 2 * TRIES + 7
 GATES_AT = slice(2 * TRIES + 8, 2 * TRIES + 13)  # flip, jitter, grey, blur, solarize
 WARP_AT = slice(2 * TRIES + 13, 2 * TRIES + 15)  # rotate, shear
 DRAWS = 2 * TRIES + 15
+PLACE_AT = [*range(2 * TRIES + 2), GATES_AT.start, *range(DRAWS)[WARP_AT]]  # crop, flip, warp: where a pixel comes from
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Settings:
     threshold: np.ndarray  # (V,)
     warp: np.ndarray  # (V, 2) largest rotation in radians, largest shear
     ratio: np.ndarray  # (V, 2)
+    twins: np.ndarray  # (V,) the view whose place in the picture each repeats, itself where it has its own
 
     def by_kind(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         return {kind: rows[:, where] for kind, where in self.kinds.items()}
@@ -117,6 +119,7 @@ def settings_of(views: Views) -> Settings:
         threshold=np.array([view.solarize_threshold for view in flat]),
         warp=np.array([[np.deg2rad(view.rotate), view.shear] for view in flat]),
         ratio=ratio,
+        twins=np.array([place if view.twin is None else view.twin for place, view in enumerate(flat)]),
     )
 
 
@@ -148,6 +151,8 @@ class ViewDraws:
     def __init__(self, views: Views, places: Sequence[tuple[int, ...]]):
         self.settings = settings_of(views)
         self.numbers = uniforms_of_many((len(self.settings.probs), DRAWS), places)  # (B, V, DRAWS)
+        if (self.settings.twins != np.arange(len(self.settings.twins))).any():
+            self.numbers[..., PLACE_AT] = self.numbers[:, self.settings.twins][..., PLACE_AT]
         self.gates = self.numbers[..., GATES_AT] < self.settings.probs  # (B, V, 5)
 
     def boxes(self, first: int, sizes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:

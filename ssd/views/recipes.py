@@ -1,7 +1,7 @@
 """View recipes by name. A recipe's settings are plain fields, so a config can name one or spell it out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ssd.errors import UserError
 from ssd.views.clips import ClipViews
@@ -35,6 +35,8 @@ class DINOViews(PictureViews):
         solarize_threshold: pixel values from here on are inverted, 0 to 255.
         rotate: largest rotation either way, degrees; like `shear` not in the published recipe, for small data.
         shear: largest slant either way, sideways by a share of the height above the centre.
+        gram_size: side of two more views, px, that show what the global ones show in their own colours ("gram": what
+            DINOv3's Gram teacher sees); null = none.
     """
 
     global_size: int = 224
@@ -54,6 +56,7 @@ class DINOViews(PictureViews):
     solarize_threshold: float = 128
     rotate: float = 0.0
     shear: float = 0.0
+    gram_size: int | None = None
 
     def __post_init__(self):
         keep_as_tuples(
@@ -61,6 +64,8 @@ class DINOViews(PictureViews):
         )
         check_size("global_size", self.global_size)
         check_size("local_size", self.local_size)
+        if self.gram_size is not None:
+            check_size("gram_size", self.gram_size)
         check_scale("global_scale", self.global_scale)
         check_scale("local_scale", self.local_scale)
         if isinstance(self.local_count, bool) or not isinstance(self.local_count, int) or self.local_count < 0:
@@ -102,6 +107,11 @@ class DINOViews(PictureViews):
         kinds: dict[str, tuple[View, ...]] = {"global": (first, second)}
         if self.local_count:
             kinds["local"] = (local,) * self.local_count
+        if self.gram_size is not None:
+            plain = {"jitter_prob": 0.0, "grey_prob": 0.0, "blur_prob": 0.0, "solarize_prob": 0.0}
+            kinds["gram"] = tuple(
+                replace(view, size=self.gram_size, twin=twin, **plain) for twin, view in enumerate((first, second))
+            )
         return kinds
 
     @property

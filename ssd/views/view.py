@@ -27,6 +27,7 @@ class View:
         solarize_threshold: pixel values from here on are inverted, 0 to 255.
         rotate: largest rotation either way, degrees; what it brings in from outside repeats the edge.
         shear: largest slant either way: how far a row is moved sideways, as a share of its height above the centre.
+        twin: place of the view, counted through all kinds, whose crop, flip and warp this one repeats; null = its own.
     """
 
     size: int
@@ -42,6 +43,7 @@ class View:
     solarize_threshold: float = 128
     rotate: float = 0.0
     shear: float = 0.0
+    twin: int | None = None
 
     def __post_init__(self):
         keep_as_tuples(self, "scale", "ratio", "jitter", "blur_radius")

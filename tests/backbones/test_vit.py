@@ -112,11 +112,11 @@ def test_visible_patches_see_only_each_other(name):
     x, visible = pictures(backbone), some_visible(2, 12, 5)
     tokens = backbone(x, visible=visible)
     model, prefix = backbone.model, backbone.num_prefix
-    _, sequence, rope = backbone.embed(x, None, None, None)
+    _, sequence, ropes = backbone.embed(x, None, None, None)
     shown = torch.zeros(2, 12, dtype=torch.bool).scatter(1, visible, True)
     keys = torch.cat([torch.ones(2, prefix, dtype=torch.bool), shown], 1)[:, None, None]
     for number, block in enumerate(backbone.blocks):
-        place = {"rope": rope[number] if model.rope_mixed else rope} if backbone.rotary else {}
+        place = {"rope": ropes[number]} if backbone.rotary else {}
         sequence = block(sequence, attn_mask=keys, **place)
     sequence = model.norm(sequence)
     expected = sequence[:, prefix:].gather(1, visible[..., None].expand(-1, -1, 24))

@@ -10,7 +10,6 @@ from ssd.backbones.convnet import ConvNet
 from ssd.backbones.vit import ViT
 from ssd.batch import Batch
 from ssd.errors import UserError
-from ssd.evaluation.ridge import ridge_predict
 from ssd.losses.divergence import divergence
 from ssd.views.recipes import PlainViews
 from tests.contract import MethodContract, flat_state, run_steps, start
@@ -137,27 +136,3 @@ def test_half_precision_is_refused():
 def test_a_distance_that_is_none_is_refused():
     with pytest.raises(UserError, match="distance: 2 is not a share"):
         vit(distance=2)
-
-
-@pytest.mark.slow
-def test_a_few_hundred_steps_see_more_in_digits_than_their_teacher():
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pictures = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
-    pictures = F.interpolate(pictures, size=16, mode="bilinear").expand(-1, 3, -1, -1)
-    labels = torch.tensor(digits.target)
-    module = convnet(distance=0.1, num_prototypes=1024, head_hidden_dim=256, head_bottleneck_dim=64)
-    optimizers = start(module)
-    order = torch.Generator().manual_seed(0)
-    for _ in range(400):
-        rows = torch.randint(0, 1297, (64,), generator=order)
-        module.take_step(Batch(views={"global": pictures[rows][None]}, index=rows, total=64), optimizers)
-    module.eval()
-    scores = {}
-    for name, network in (("teacher", module.teacher.network.backbone), ("student", module.student.backbone)):
-        with torch.no_grad():
-            features = network(pictures).pooled()
-        answers = ridge_predict(features[:1297], labels[:1297], features[1297:]).predictions
-        scores[name] = float((answers == labels[1297:]).float().mean())
-    assert scores["student"] > scores["teacher"] + 0.02, scores
