@@ -9,8 +9,10 @@ import tarfile
 import numpy as np
 import pytest
 
+from ssd.data.shards import OPEN_FILES
 from ssd.data.sources import open_source
 from ssd.data.tar import TarSource, expand_braces
+from ssd.data.tar_headers import pax_path
 from ssd.errors import UserError
 from tests.data.files import encoded
 
@@ -138,6 +140,35 @@ def test_a_shard_that_shrank_is_a_broken_picture_and_not_half_of_one(tmp_path):
     os.truncate(path, 540)
     with pytest.raises(OSError, match="cut short"):
         source.open(0)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="asks the system which files are open")
+def test_there_may_be_more_shards_than_a_process_may_have_open(tmp_path):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = max(map(int, os.listdir("/dev/fd"))) + OPEN_FILES + 20
+    for number in range(count):
+        write(tmp_path / f"s-{number:03}.tar", [("a.png", picture(number % 256))])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    try:
+        source = TarSource([tmp_path / f"s-{number:03}.tar" for number in range(count)])
+        for _ in range(2):
+            assert [source.open(i) for i in range(count)] == [picture(n % 256) for n in range(count)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_shard_that_was_written_again_is_not_read_through_the_old_file(tmp_path):
+    source = TarSource(write(tmp_path / "s.tar", samples(2)))
+    assert source.open(0) == picture(0)
+    write(tmp_path / "new.tar", samples(2, first=7))
+    os.replace(tmp_path / "new.tar", tmp_path / "s.tar")
+    assert TarSource(tmp_path / "s.tar").open(0) == picture(7)
+
+
+def test_a_pax_header_of_no_length_is_read_to_its_end():
+    assert pax_path(b"0 path=x\n") is None and pax_path(b"9 path=x\n") == "x"
 
 
 def test_missing_shards_are_counted(tmp_path):
