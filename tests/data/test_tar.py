@@ -70,10 +70,18 @@ def test_labels_may_be_names_or_stand_in_json(tmp_path):
     assert source.classes == ["cat", "dog"] and source.labels.tolist() == [0, 1, -1, 1]
 
 
-def test_samples_without_a_picture_are_counted(tmp_path):
+def test_what_is_passed_over_is_said(tmp_path, recwarn):
     files = [("a.txt", b"words"), ("b.png", picture(1)), (".hidden.png", picture(2)), ("c.cls", b"1")]
-    source = TarSource(write(tmp_path / "s.tar", files))
-    assert len(source) == 1 and source.skipped == 2
+    path = write(tmp_path / "s.tar", files)
+    for _ in range(2):  # from the shard, and from what was kept
+        with pytest.warns(UserWarning, match="2 samples without a picture"):
+            assert len(TarSource(path)) == 1
+    frames = write(tmp_path / "t.tar", [(f"film.{number}.png", picture(number)) for number in range(5)])
+    with pytest.warns(UserWarning, match=r"passed over: 4 pictures, for instance film\.1\.png, .* first dot"):
+        assert len(TarSource(frames)) == 1
+    recwarn.clear()
+    TarSource(write(tmp_path / "u.tar", samples(3)))
+    assert not recwarn
 
 
 def test_the_index_is_kept_beside_the_shard_and_made_anew_for_another(tmp_path, monkeypatch):
