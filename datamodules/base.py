@@ -154,8 +154,14 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
         if separate is not None and separate.labels is not None:
             if everything.labels is None:
                 # labels only in the held-out part: one half of it is the bank of the other
-                bank, queries = split(separate, 0.5)
-                return limited(everything, self.limit), Subset(separate, bank), Subset(separate, queries)
+                bank, queries = (labelled(Subset(separate, rows)) for rows in split(separate, 0.5))
+                return limited(everything, self.limit), bank, queries
+            if (everything.classes is None) != (separate.classes is None):
+                named, numbered = ("training", "held-out") if separate.classes is None else ("held-out", "training")
+                raise UserError(
+                    f"the {named} data has names of classes and the {numbered} data has plain numbers, so they cannot be "
+                    "told to be the same. Give both names or both numbers."
+                )
             if everything.classes is not None and separate.classes is not None:
                 separate = Renamed(separate, everything.classes)
             training = limited(everything, self.limit)
