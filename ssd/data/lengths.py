@@ -71,13 +71,16 @@ def rows_in_files(source: Source) -> tuple[MediaFiles, np.ndarray]:
 
 
 def lengths_at(source: Source, rate_hz: int, broken: BrokenSamples) -> np.ndarray:
-    """(N,) int64 samples at `rate_hz` of each sound, 0 for broken ones, which are counted."""
+    """(N,) int64 samples at `rate_hz` of each sound, 0 for broken ones, which are counted.
+
+    What was broken when lengths were counted is tried again: a disk may have been away, or a reader missing.
+    """
     files, rows = rows_in_files(source)
     lengths = counted_lengths(files)[rows]
     for index in np.flatnonzero(lengths[:, 0] == 0).tolist():
         try:
-            with Sound(files.open(int(rows[index]))):
-                pass
+            with Sound(files.open(int(rows[index]))) as sound:
+                lengths[index] = sound.length, sound.rate_hz
         except UNREADABLE as error:
             broken.add(index, error)
     return -(-lengths[:, 0] * rate_hz // np.maximum(lengths[:, 1], 1))
