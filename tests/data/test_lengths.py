@@ -135,6 +135,18 @@ def test_a_sound_that_could_not_be_read_once_is_not_left_out_for_ever(tmp_path, 
     assert lengths_at(files(folder), 8000, broken).min() >= 800 and not len(broken)
 
 
+def test_what_one_rank_cannot_read_no_rank_takes(tmp_path, monkeypatch):
+    folder = write_digits(tmp_path / "digits", counts=1)
+    (folder / "0_bob_0.wav").write_bytes(b"words")
+    found = []
+    for other in ([4, 1], []):
+        monkeypatch.setattr(module, "gather_objects", lambda mine, other=other: [mine, other])
+        broken = BrokenSamples(files(folder), 0.5, multiprocessing.get_context("fork"), "sound")
+        found.append(np.flatnonzero(lengths_at(files(folder), 8000, broken) == 0).tolist())
+        assert len(broken) == len(found[-1])
+    assert found == [[1, 4], [1]]
+
+
 def test_lengths_are_those_at_the_views_rate_and_broken_files_are_counted(tmp_path):
     folder = write_digits(tmp_path / "digits")
     (folder / "0_ada_1.wav").write_bytes(b"words")
