@@ -258,13 +258,21 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
         views = views_named(views)
         if self._training is not None and views == self._training.views:
             return
-        if not isinstance(views, self.views_class):
+        self.check_views(views)
+        self.views = views
+        self._training = self.training_samples(self.source, self._broken(self.source))
+
+    def takes(self, views: Views) -> bool:
+        """Whether the recipe fits the data."""
+        return isinstance(views, self.views_class)
+
+    def check_views(self, views: Views) -> None:
+        """Raises UserError for a recipe that does not fit the data."""
+        if not self.takes(views):
             raise UserError(
                 f"{type(self).__name__} makes views by {self.views_class.__name__}, and the method's are "
                 f"{type(views).__name__}. Set the method's views to such a recipe."
             )
-        self.views = views
-        self._training = self.training_samples(self.source, self._broken(self.source))
 
     def _broken(self, source: Source) -> BrokenSamples:
         context = multiprocessing.get_context(self.start_method)

@@ -368,6 +368,11 @@ def test_mistakes_that_show_with_the_data_or_the_method(folder, tmp_path):
         in_trainer(Images(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="Call prepare"):
         Images(folder).train_dataloader()
+    for name in ("clip", "speech"):
+        with pytest.raises(
+            UserError, match=r"Images makes views by PictureViews, and the method's are (Clip|Sound)Views"
+        ):
+            Images(folder).prepare(name)
     write(tmp_path / "loose" / "1.png", encoded(scene()))
     with pytest.raises(UserError, match="Leave val_path out"):
         in_trainer(Images(folder, tmp_path / "loose"))
