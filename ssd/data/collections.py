@@ -54,7 +54,7 @@ class TorchvisionSource:
             (getattr(self._set, key) for key in ("targets", "labels", "_labels") if hasattr(self._set, key)), None
         )
         self._labels: SharedArray | None = None
-        if labels is not None and len(labels) == len(self._set):
+        if labels is not None and len(labels) == len(self):
             numbers = np.asarray(labels)
             if numbers.ndim == 1 and numbers.dtype.kind in "iu" and numbers.max() >= 0:
                 self._labels = SharedArray.of(numbers.astype(np.int64))
