@@ -1,11 +1,15 @@
 """`ssd check-data`: what would stop a run stops here, with status 1, and what would weaken it is said."""
 
+import contextlib
+import io
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 
+from ssd.cli import main
 from ssd.data.sources import open_source
 from tests.data.files import class_folders, encoded, scene, write
 from tests.verbs.conftest import typed
@@ -195,6 +199,17 @@ def test_a_name_that_no_line_can_hold_costs_the_list_and_not_the_report(folder, 
     assert said.status == 2 and "'new\\nline.png" in said.err.replace(str(folder / "bee") + "/", "")
     assert content["parts"]["training"]["pictures"] == 19 and "training" in said.out
     assert not (tmp_path / "good.txt").exists()
+
+
+def test_a_broken_file_whose_name_is_no_text_is_named_all_the_same(folder):
+    with open(os.fsencode(folder) + b"/ant/p\xff.png", "wb") as file:
+        file.write(b"words")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    with contextlib.redirect_stdout(out):
+        words = ["check-data", folder, *SMALL, *QUICK, "--data.val_share", 0, "--data.max_broken_share", 0.5]
+        assert main([str(word) for word in words]) == 0
+    out.flush()
+    assert b"ant/p\\udcff.png: not a picture" in out.buffer.getvalue()
 
 
 def test_broken_held_out_pictures_are_left_out_and_not_replaced(folder, tmp_path, check):
