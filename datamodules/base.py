@@ -154,8 +154,14 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
         if separate is not None and separate.labels is not None:
             if everything.labels is None:
                 # labels only in the held-out part: one half of it is the bank of the other
-                bank, queries = split(separate, 0.5)
-                return limited(everything, self.limit), Subset(separate, bank), Subset(separate, queries)
+                bank, queries = (labelled(Subset(separate, rows)) for rows in split(separate, 0.5))
+                return limited(everything, self.limit), bank, queries
+            if (everything.classes is None) != (separate.classes is None):
+                named, numbered = ("training", "held-out") if separate.classes is None else ("held-out", "training")
+                raise UserError(
+                    f"the {named} data has names of classes and the {numbered} data has plain numbers, so they cannot be "
+                    "told to be the same. Give both names or both numbers."
+                )
             if everything.classes is not None and separate.classes is not None:
                 separate = Renamed(separate, everything.classes)
             training = limited(everything, self.limit)
@@ -252,13 +258,21 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
         views = views_named(views)
         if self._training is not None and views == self._training.views:
             return
-        if not isinstance(views, self.views_class):
+        self.check_views(views)
+        self.views = views
+        self._training = self.training_samples(self.source, self._broken(self.source))
+
+    def takes(self, views: Views) -> bool:
+        """Whether the recipe fits the data."""
+        return isinstance(views, self.views_class)
+
+    def check_views(self, views: Views) -> None:
+        """Raises UserError for a recipe that does not fit the data."""
+        if not self.takes(views):
             raise UserError(
                 f"{type(self).__name__} makes views by {self.views_class.__name__}, and the method's are "
                 f"{type(views).__name__}. Set the method's views to such a recipe."
             )
-        self.views = views
-        self._training = self.training_samples(self.source, self._broken(self.source))
 
     def _broken(self, source: Source) -> BrokenSamples:
         context = multiprocessing.get_context(self.start_method)

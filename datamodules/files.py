@@ -10,6 +10,7 @@ from datamodules.images import part_folders
 from ssd.data.groups import Grouped, check_group_by
 from ssd.data.media import MediaFiles
 from ssd.data.sources import Source
+from ssd.errors import UserError
 
 
 class FileData(SampleData):
@@ -47,6 +48,11 @@ class FileData(SampleData):
         if group_by is not None:
             check_group_by(group_by)
         self.path, self.val_path = part_folders(str(path)) if val_path is None else (str(path), str(val_path))
+        if held_out_pattern is not None and self.val_path is not None:
+            raise UserError(
+                f"held_out_pattern is {held_out_pattern!r} and val_path is '{self.val_path}': both say what is held out. "
+                "Leave one of them out; where path holds train and a held-out folder, give the path of train."
+            )
         self.labels = labels
         self.label_pattern = label_pattern
         self.held_out_pattern = held_out_pattern

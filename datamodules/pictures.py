@@ -13,7 +13,8 @@ from ssd.data.sources import Source
 from ssd.data.statistics import NUM_SURVEYED, measured_levels, survey
 from ssd.errors import UserError
 from ssd.native import views as native
-from ssd.views.view import PictureViews
+from ssd.views.clips import ClipViews
+from ssd.views.view import PictureViews, Views
 
 NUM_SIZED = 64  # pictures that tell how large the decoded set is where none need to be measured
 
@@ -43,6 +44,10 @@ class PictureData(ColourData):
         self.value_range = value_range
         self.levels = given_levels(value_range)
         self.cache = cache
+
+    def takes(self, views: Views) -> bool:
+        """Views of clips are views of pictures over time, which a picture has none of."""
+        return super().takes(views) and not isinstance(views, ClipViews)
 
     def describe_state(self) -> dict[str, Any]:
         levels = self.levels

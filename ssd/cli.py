@@ -5,6 +5,7 @@ import difflib
 import glob
 import importlib
 import importlib.metadata
+import io
 import logging
 import os
 import shutil
@@ -73,6 +74,8 @@ DESCRIPTIONS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs a command. 0 when it did what was asked, 2 after one message when the user has something to mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text; stderr does so anyway
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0

@@ -31,12 +31,13 @@ class PictureCache:
         height, width, channels = shape
         return self._content.array[end - height * width * channels : end].reshape(shape)
 
-    def put(self, index: int, picture: np.ndarray) -> None:
+    def put(self, index: int, picture: np.ndarray) -> bool:
+        """Whether there was room for it."""
         with self._lock:
             start = int(self._used.array[0])
             end = start + picture.nbytes
             if end > len(self._content.array):
-                return
+                return False
             self._used.array[0] = end
         self._content.array[start:end] = picture.ravel()
         entry = self._entries.array[index]
@@ -44,6 +45,7 @@ class PictureCache:
         # last, and behind the lock's barrier: another process that sees the end sees the picture
         with self._lock:
             entry[0] = end
+        return True
 
 
 class Pictures:

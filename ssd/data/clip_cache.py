@@ -24,9 +24,10 @@ class ClipCache:
         timeline = unpack_timeline(packed.ravel())
         return timeline, rows.reshape(len(timeline), -1, *rows.shape[1:])
 
-    def put(self, index: int, timeline: Timeline, frames: np.ndarray) -> None:
-        self._times.put(index, pack_timeline(timeline)[:, None, None])
-        self._frames.put(index, frames.reshape(-1, *frames.shape[2:]))
+    def put(self, index: int, timeline: Timeline, frames: np.ndarray) -> bool:
+        """Whether there was room for it."""
+        times = pack_timeline(timeline)[:, None, None]
+        return self._frames.put(index, frames.reshape(-1, *frames.shape[2:])) and self._times.put(index, times)
 
 
 def pack_timeline(timeline: Timeline) -> np.ndarray:

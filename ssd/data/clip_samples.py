@@ -31,7 +31,7 @@ from ssd.views.clips import (
 )
 from ssd.views.parameters import Box, ViewDraws
 
-REMEMBERED = 4096  # timelines that a process keeps: a few kB each
+REMEMBERED = 2**22  # frames whose times a process keeps, 8 bytes each
 NUM_SURVEYED = 200
 SURVEYED_FRAMES = 4
 
@@ -50,12 +50,14 @@ class ClipReader:
     def __init__(self, source: Source, channels: int, short_side: int | None, cache: ClipCache | None = None):
         self.source, self.channels, self.short_side, self.cache = source, channels, short_side, cache
         self._timelines: OrderedDict[int, Timeline] = OrderedDict()
+        self._remembered = 0  # frames in them
+        self._full = False  # the cache, as far as this process knows
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_timelines": OrderedDict()}
+        return {**self.__dict__, "_timelines": OrderedDict(), "_remembered": 0}
 
     def read(self, index: int, choose: Callable[[Timeline], np.ndarray]) -> Read:
         """Timeline, wanted places and their frames (n, H, W, C) uint8; `choose` takes the timeline and gives the places,
@@ -70,16 +72,19 @@ class ClipReader:
         with Clip(self.source.open(index), known) as clip:  # type: ignore[arg-type]
             timeline = self._remember(index, clip.timeline)
             wanted = choose(timeline)
-            if self.cache is None:
+            if self.cache is None or self._full:
                 return timeline, wanted, clip.frames(wanted, self.short_side, self.channels)
             whole = clip.frames(np.arange(len(timeline)), self.short_side, self.channels)
-        self.cache.put(index, timeline, whole)
+        self._full = not self.cache.put(index, timeline, whole)
         return timeline, wanted, whole[wanted]
 
     def _remember(self, index: int, timeline: Timeline) -> Timeline:
-        self._timelines[index] = timeline
-        while len(self._timelines) > REMEMBERED:
-            self._timelines.popitem(last=False)
+        if index not in self._timelines:
+            self._timelines[index] = timeline
+            self._remembered += len(timeline)
+        while self._remembered > REMEMBERED and len(self._timelines) > 1:
+            _, oldest = self._timelines.popitem(last=False)
+            self._remembered -= len(oldest)
         return timeline
 
 

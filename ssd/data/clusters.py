@@ -6,7 +6,6 @@ as in Vo et al., "Automatic Data Curation for Self-Supervised Learning: A Cluste
 """
 
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +107,9 @@ def read_clusters(path: str | Path) -> ClusterFile:
                 file["leaf"], tuple(file[f"parent_{level}"] for level in range(levels)), int(file["count"])
             )
             return ClusterFile(str(path), clusters, str(file["data"]), str(file["fingerprint"]))
-    except (KeyError, OSError, EOFError, AttributeError, zipfile.BadZipFile, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception:  # NumPy, zip and zlib have many kinds
         raise UserError(f"'{path}' is not a file of clusters that ssd curate wrote. Write it again.") from None
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import os
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -48,12 +49,12 @@ class TorchvisionSource:
             ) from None
         self.name = f"torchvision:{name}:{root}:{split}"
         classes = getattr(self._set, "classes", None)
-        self.classes: list[str] | None = None if classes is None else [str(entry) for entry in classes]
+        self.classes: list[str] | None = None if classes is None else different_names([str(name) for name in classes])
         labels: Any = next(
             (getattr(self._set, key) for key in ("targets", "labels", "_labels") if hasattr(self._set, key)), None
         )
         self._labels: SharedArray | None = None
-        if labels is not None and len(labels) == len(self._set):
+        if labels is not None and len(labels) == len(self):
             numbers = np.asarray(labels)
             if numbers.ndim == 1 and numbers.dtype.kind in "iu" and numbers.max() >= 0:
                 self._labels = SharedArray.of(numbers.astype(np.int64))
@@ -82,6 +83,12 @@ class TorchvisionSource:
         for index in range(0, len(self), max(1, len(self) // 16)):
             state.update(np.ascontiguousarray(self.open(index)).data)
         return state.hexdigest()
+
+
+def different_names(names: list[str]) -> list[str]:
+    """Names that occur more than once (ImageNet's crane, a bird and a machine) with the number of their class behind."""
+    times = Counter(names)
+    return [f"{name} {place}" if times[name] > 1 else name for place, name in enumerate(names)]
 
 
 class HuggingFaceSource:

@@ -158,6 +158,7 @@ class EvaluationPictures(Dataset[dict[str, Any] | None]):
         except UNREADABLE as error:
             self.broken.add(index, error)
             return None
+        assert self.views.evaluation_size is not None, "settled when the recipe was built"
         look = evaluation_picture(picture, self.views.evaluation_size, self.views.evaluation_crop)
         return {"sample": look, "label": self.pictures.source.label(index), "index": index}
 

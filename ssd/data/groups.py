@@ -102,7 +102,7 @@ def split(source: Source, share: float) -> tuple[np.ndarray, np.ndarray]:
     `share` is one of the samples with labels, where some have none. Without groups the rows held out are those of
     `held_out`. With groups, whole groups are taken in a fixed order of chance, each where that brings the number held
     out of every class nearer to `share`; in data without labels the miss is at most half of the smallest group that is
-    left. Raises UserError where one group holds everything.
+    left. Raises UserError where one group holds everything, or all that has a label.
     """
     labels, groups = source.labels, groups_of(source)
     every = np.arange(len(source))
@@ -114,10 +114,11 @@ def split(source: Source, share: float) -> tuple[np.ndarray, np.ndarray]:
     alone = groups < 0
     groups[alone] = groups.max() + 1 + np.arange(np.count_nonzero(alone))
     _, groups = np.unique(groups, return_inverse=True)
-    if not groups.any():
+    if len(np.unique(groups[counted])) == 1:
+        which = "" if len(counted) == len(every) else " with a label"
         raise UserError(
-            f"all {len(source)} samples are of one group, which cannot be divided. Give other samples as val_path, or "
-            "val_share: 0."
+            f"all {len(counted)} samples{which} are of one group, which cannot be divided. Give other samples as val_path, "
+            "or val_share: 0."
         )
     classes = np.zeros(len(counted), np.int64) if labels is None else labels[counted]
     held_ones = held_groups(groups[counted], int(groups.max()) + 1, classes, share)[groups]
@@ -127,7 +128,7 @@ def split(source: Source, share: float) -> tuple[np.ndarray, np.ndarray]:
 def held_groups(groups: np.ndarray, count: int, classes: np.ndarray, share: float) -> np.ndarray:
     """Which of `count` groups are held out, from the group and the class (N,) of each sample that counts. (count,) bool
 
-    At least one with such samples is, and one is not.
+    At least one with such samples is, and one with such samples is not.
     """
     width = int(classes.max(initial=0)) + 1
     pairs, samples = np.unique(groups * width + np.maximum(classes, 0), return_counts=True)
@@ -143,9 +144,11 @@ def held_groups(groups: np.ndarray, count: int, classes: np.ndarray, share: floa
         if (number * (2 * lacking[own] - number)).sum() > 0:
             held[group] = True
             lacking[own] -= number
-    sizes = np.bincount(groups, minlength=count)[chance]
+    sizes = np.bincount(groups, minlength=count)
+    counting = chance[sizes[chance] > 0]
+    smallest = counting[np.argmin(sizes[counting])]
     if not held.any():
-        held[chance[np.argmin(np.where(sizes > 0, sizes, np.iinfo(sizes.dtype).max))]] = True
-    if held.all():
-        held[chance[np.argmin(sizes)]] = False
+        held[smallest] = True
+    if held[counting].all():
+        held[smallest] = False
     return held

@@ -15,6 +15,7 @@ from ssd.data.randomness import generator
 from ssd.data.sampler import Places, zero
 from ssd.data.sound import Sound
 from ssd.data.sources import Source, Subset
+from ssd.distributed import gather_objects
 from ssd.errors import UserError
 
 BIN = 1.1  # the longest of a bin over its shortest
@@ -71,15 +72,23 @@ def rows_in_files(source: Source) -> tuple[MediaFiles, np.ndarray]:
 
 
 def lengths_at(source: Source, rate_hz: int, broken: BrokenSamples) -> np.ndarray:
-    """(N,) int64 samples at `rate_hz` of each sound, 0 for broken ones, which are counted."""
+    """(N,) int64 samples at `rate_hz` of each sound, 0 for broken ones, which are counted.
+
+    What was broken when lengths were counted is tried again: a disk may have been away, or a reader missing. What one
+    process cannot read is broken for all: they would part the sounds into different steps else, and wait for each other.
+    """
     files, rows = rows_in_files(source)
     lengths = counted_lengths(files)[rows]
+    reasons: dict[int, Exception] = {}
     for index in np.flatnonzero(lengths[:, 0] == 0).tolist():
         try:
-            with Sound(files.open(int(rows[index]))):
-                pass
+            with Sound(files.open(int(rows[index]))) as sound:
+                lengths[index] = sound.length, sound.rate_hz
         except UNREADABLE as error:
-            broken.add(index, error)
+            reasons[index] = error
+    for index in sorted({index for found in gather_objects(list(reasons)) for index in found}):
+        lengths[index] = 0
+        broken.add(index, reasons.get(index, OSError("another process cannot read it")))
     return -(-lengths[:, 0] * rate_hz // np.maximum(lengths[:, 1], 1))
 
 

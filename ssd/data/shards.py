@@ -7,6 +7,7 @@ The cache folder is `~/.cache/ssd`, or what the environment variable SSD_CACHE n
 
 import contextlib
 import hashlib
+import http.client
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +26,7 @@ from rich.progress import wrap_file
 
 from ssd.errors import UserError
 
+OPEN_FILES = 128  # that a process keeps: systems allow about a thousand, and data may lie in more shards
 AHEAD_BYTES = 1 << 20  # of a pass from start to end, in one request
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.5
@@ -61,18 +64,29 @@ class LocalShard(Shard):
     def __init__(self, path: str | Path, name: str | None = None):
         status = os.stat(path)
         super().__init__(name or str(path), status.st_size, str(status.st_mtime_ns), Path(f"{path}.index.json"))
-        self.path = str(path)
-        self._files: dict[int, BinaryIO] = {}
+        self.path, self._inode = str(path), status.st_ino
 
     def read(self, offset: int, size: int) -> bytes:
-        process = os.getpid()
-        if process not in self._files:
-            # one for each process: two that share one would move each other's place on some systems
-            self._files[process] = open(self.path, "rb", buffering=0)  # noqa: SIM115 (kept open)
-        return os.pread(self._files[process].fileno(), size, offset)
+        return os.pread(opened(self.path, self._inode).number, size, offset)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+
+class Descriptor:
+    """A file that is open, until nobody holds it."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.number)
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def opened(path: str, inode: int) -> Descriptor:
+    """For reading, by one of the files that were read last; `inode` tells it from another of that name.
+
+    Processes that are forked share it, which `pread` does not mind: it has no place in the file.
+    """
+    return Descriptor(os.open(path, os.O_RDONLY))
 
 
 class RemoteShard(Shard):
@@ -195,7 +209,13 @@ def answer(url: str, headers: dict[str, str]) -> Any:
 def cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(os.environ.get("SSD_CACHE") or os.path.join(base, "ssd"))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {folder} cannot be made ({error.strerror}). Name another in the environment variable "
+            "SSD_CACHE."
+        ) from None
     return folder
 
 
@@ -246,9 +266,19 @@ def downloaded(url: str, size: int, out: BinaryIO) -> None:
     with answer(url, {}) as found:
         shown = wrap_file(found, max(size, 0), description=url.rpartition("/")[2], disable=not sys.stdout.isatty())
         with shown as body:
-            shutil.copyfileobj(body, out)
+            for piece in pieces(body, url):
+                out.write(piece)
     if size >= 0 and out.tell() != size:
         raise UserError(f"'{url}' broke off after {out.tell()} of {size} bytes. Start again.")
+
+
+def pieces(body: BinaryIO, url: str) -> Iterator[bytes]:
+    """What arrives, to its end. Raises UserError where the connection breaks, which is no fault of the disk."""
+    try:
+        while piece := body.read(AHEAD_BYTES):
+            yield piece
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"'{url}' broke off: {type(error).__name__}: {error}. Start again.") from None
 
 
 def printed(address: str, out: BinaryIO) -> None:

@@ -99,7 +99,7 @@ class Sound:
     def read_at(self, rate_hz: int, start: int = 0, count: int | None = None) -> np.ndarray:
         """As `read`, in samples of another rate: exactly that part of the whole sound resampled.
 
-        `start` and `count` in samples of `rate_hz`. Beyond its ends a sound is silent.
+        `start` and `count` in samples of `rate_hz`. Beyond its ends a sound is silent. Raises as `read`.
         """
         whole = resampled_length(self.length, self.rate_hz, rate_hz)
         count = whole - start if count is None else min(count, whole - start)
@@ -112,7 +112,10 @@ class Sound:
         last = -(-(start + count) // up) + margin
         part = self.read(first * down, (last - first) * down)
         skip = start - first * up
-        return resample(part, self.rate_hz, rate_hz)[skip : skip + count]
+        samples = resample(part, self.rate_hz, rate_hz)[skip : skip + count]
+        if not len(samples):
+            raise BrokenSound(f"it ends before sample {start} at {rate_hz} Hz, its header says {whole}")
+        return samples
 
 
 def pcm(data: bytes, width: int) -> np.ndarray:

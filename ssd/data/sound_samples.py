@@ -77,8 +77,11 @@ class TrainingSounds(Dataset[SoundSamples]):
             length = resampled_length(sound.length, sound.rate_hz, rate_hz)
             windows = draw_windows(self.views, length, longest, *key)
             asked = sum(window.count for table in windows.values() for window in table)
-            # of a long recording only the windows are decoded
-            whole = sound.read_at(rate_hz) if 2 * asked >= length else None
+            whole = None  # of a long recording only the windows are decoded
+            if 2 * asked >= length:
+                whole = sound.read_at(rate_hz)
+                if len(whole) < length:  # a compressed file that was cut short: the windows lie in what there is
+                    windows = draw_windows(self.views, len(whole), longest, *key)
 
             def samples(window: Window) -> np.ndarray:
                 if whole is None:

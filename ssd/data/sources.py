@@ -151,14 +151,14 @@ def open_source(path: str | Path, labels: bool | str = "auto") -> Source:
         raise UserError(f"there is no '{path}' (seen from '{os.getcwd()}'). Give {KINDS}.")
     if os.path.isdir(text):
         for suffix in SHARDS:
-            shards = sorted(str(file) for file in Path(text).glob(f"*{suffix}"))
+            shards = sorted(str(file) for file in Path(text).glob(f"[!.]*{suffix}"))
             if shards:
                 return of_files(one_split(shards, text), text, labels)
         return FolderSource(text, labels)
     if text.endswith(SHARDS):
         return of_files([text], text, labels)
     if text.lower().endswith(arrays.SUFFIXES):
-        return ArraySource(text, labels)
+        return without_labels(ArraySource(text, labels), labels)
     if text.lower().endswith(LIST_SUFFIXES):
         return FolderSource(text, labels)
     if text.lower().endswith(SUFFIXES):
@@ -184,11 +184,13 @@ def of_files(files: list[str], text: str, labels: bool | str) -> Source:
 
 
 def without_labels(source: Source, labels: bool | str) -> Source:
-    return Unlabelled(source) if labels is False and source.labels is not None else source
+    """Without labels where they are not to be used, or where no sample has one (test parts often have -1 throughout)."""
+    given = source.labels
+    return Unlabelled(source) if given is not None and (labels is False or not (given >= 0).any()) else source
 
 
 class Unlabelled:
-    """A source whose labels are not to be used."""
+    """A source whose labels do not count."""
 
     classes: list[str] | None = None
     labels: np.ndarray | None = None

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -26,7 +27,7 @@ from ssd.errors import UserError
 
 LABEL_SUFFIXES = (".cls", ".cls.txt", ".label", ".label.txt")
 METADATA_LABELS = ("label", "cls", "class", "target")
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 AT_ONCE = 8  # shards elsewhere that are indexed at the same time
 
 
@@ -34,8 +35,9 @@ class TarSource:
     """Samples of one or more tar files: files that share a name up to its first dot belong together.
 
     Of each sample the first picture counts; its label is a file `.cls` or `.label` that holds a
-    number or a name, or the entry `label`, `cls`, `class` or `target` of a `.json`. Samples without a picture are
-    passed over and counted in `skipped`. Raises UserError for a file that is no tar, or is compressed.
+    number or a name, or the entry `label`, `cls`, `class` or `target` of a `.json`. Samples without a picture, and
+    further pictures of a sample, are passed over, and a warning says how many. Raises UserError for a file that is no
+    tar, or is compressed.
 
     Args:
         paths: shards, on this machine or elsewhere; `{000..099}` in a path stands for all of these numbers.
@@ -55,7 +57,7 @@ class TarSource:
         counts = [len(index["offsets"]) for index in found]
         if not sum(counts):
             raise UserError(f"'{self.paths[0]}' holds no pictures. Looked for files that end in {', '.join(SUFFIXES)}.")
-        self.skipped = sum(index["skipped"] for index in found)
+        warn_of_left_out(self.paths[0], found)
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._offsets = SharedArray.of(np.array([o for index in found for o in index["offsets"]], np.int64))
         self._sizes = SharedArray.of(np.array([s for index in found for s in index["sizes"]], np.int64))
@@ -139,6 +141,7 @@ def read_index(shard: Shard, labels: bool) -> dict[str, Any]:
     pictures: dict[str, tuple[int, int, str]] = {}
     named: dict[str, str | None] = {}
     keys: dict[str, None] = {}
+    further: list[str] = []
     for name, offset, size in members(shard):
         folder, base = os.path.split(name)
         stem, dot, suffix = base.partition(".")
@@ -148,7 +151,8 @@ def read_index(shard: Shard, labels: bool) -> dict[str, Any]:
         keys[key] = None
         lowered = f".{suffix.lower()}"
         if lowered.endswith(SUFFIXES):
-            pictures.setdefault(key, (offset, size, name))
+            if pictures.setdefault(key, (offset, size, name))[2] != name:
+                further.append(name)
         elif labels and (lowered in LABEL_SUFFIXES or lowered == ".json"):
             text = shard.read(offset, size).decode("utf-8", "replace").strip()
             label = label_in_json(text) if lowered == ".json" else text
@@ -161,8 +165,24 @@ def read_index(shard: Shard, labels: bool) -> dict[str, Any]:
         "sizes": [pictures[key][1] for key in chosen],
         "names": [pictures[key][2] for key in chosen],
         "labels": [named.get(key) or None for key in chosen],
-        "skipped": len(keys) - len(chosen),
+        "without_picture": len(keys) - len(chosen),
+        "further_pictures": len(further),
+        "further_example": further[0] if further else "",
     }
+
+
+def warn_of_left_out(path: str, indices: Sequence[dict[str, Any]]) -> None:
+    without, further = (sum(index[name] for index in indices) for name in ("without_picture", "further_pictures"))
+    told = [f"{without} samples without a picture"] if without else []
+    if further:
+        example = next(index["further_example"] for index in indices if index["further_example"])
+        told.append(
+            f"{further} pictures, for instance {example}, that share their name up to its first dot with another, which "
+            "makes them one sample"
+        )
+    if told:
+        beside = " and the shards beside it" if len(indices) > 1 else ""
+        warnings.warn(f"of '{path}'{beside} are passed over: {'; '.join(told)}.", stacklevel=3)
 
 
 def label_in_json(text: str) -> str | None:

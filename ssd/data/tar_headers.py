@@ -70,7 +70,7 @@ def pax_path(records: bytes) -> str | None:
     """The record `path` of a pax header: "length key=value\\n", again and again."""
     while records:
         length, _, _ = records.partition(b" ")
-        if not length.isdigit():
+        if not length.isdigit() or not int(length):
             return None
         record = records[: int(length)]
         key, _, value = record.partition(b" ")[2].partition(b"=")

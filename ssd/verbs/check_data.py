@@ -16,7 +16,7 @@ from ssd.data.checks.crops import Enlargement, enlargements
 from ssd.data.checks.examine import Examined, examine
 from ssd.data.checks.findings import LEVELS, STOP, Finding
 from ssd.data.checks.repeats import Repeats, repeats
-from ssd.data.checks.report import facts, table_of_parts, table_of_speeds, table_of_views, write_list
+from ssd.data.checks.report import check_files, facts, table_of_parts, table_of_speeds, table_of_views, write_list
 from ssd.data.checks.speed import Speed, measure, recommended, worker_counts
 from ssd.data.folder import LIST_SUFFIXES
 from ssd.data.sources import Source, limited, open_source
@@ -41,9 +41,12 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--out {arguments.out} has no ending of a list. Use one of {', '.join(LIST_SUFFIXES)}.")
     data, views = typed_data(chosen, "check-data")
     check_pictures(data, "check-data")
+    data.check_views(views)
     workers = cores() if arguments.workers is None else arguments.workers
 
     parts, findings = parts_of(data, arguments.against)
+    if arguments.out is not None:
+        check_files(arguments.out, parts[TRAINING])
     seen = look_at(data, parts, arguments.limit, workers)
     found = repeats(seen)
     findings += [finding for name in seen for finding in findings_of(name, seen, found, data, views)]
@@ -57,14 +60,9 @@ def run(argv: list[str]) -> int:
         findings += refused
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
 
-    written = None
-    if arguments.out is not None:
-        # a share that is held out belongs to the same data
-        listed = [TRAINING] + [HELD_OUT] * (HELD_OUT in seen and getattr(data, "val_path", None) is None)
-        written = write_list(arguments.out, [(seen[name], found.alike[name]) for name in listed])
     stops = any(finding.level == STOP for finding in findings)
     about = {name: facts(name, parts[name], part, found, TRAINING) for name, part in seen.items()}
-    show(about, enlarged, speeds, findings, written)
+    show(about, enlarged, speeds, findings)
     write_json(
         arguments.json,
         {
@@ -76,6 +74,11 @@ def run(argv: list[str]) -> int:
             "stops": stops,
         },
     )
+    if arguments.out is not None:
+        # a share that is held out belongs to the same data
+        listed = [TRAINING] + [HELD_OUT] * (HELD_OUT in seen and getattr(data, "val_path", None) is None)
+        said = write_list(arguments.out, [(seen[name], found.alike[name]) for name in listed])
+        console().print(said, markup=False, highlight=False, soft_wrap=True)
     return 1 if stops else 0
 
 
@@ -203,7 +206,6 @@ def show(
     enlarged: Sequence[Enlargement],
     speeds: Sequence[Speed],
     findings: Sequence[Finding],
-    written: str | None,
 ) -> None:
     out = console()
     out.print(table_of_parts(about))
@@ -215,5 +217,3 @@ def show(
         out.print(f"{finding.level:<8} {finding.text}", markup=False, highlight=False, soft_wrap=True)
     if not findings:
         out.print("nothing to mend")
-    if written is not None:
-        out.print(written, markup=False, highlight=False, soft_wrap=True)

@@ -14,7 +14,7 @@ from ssd.data.sampling import Balanced, BalancedDraws
 from ssd.errors import UserError
 from ssd.evaluation.features import extract
 from ssd.evaluation.protocol import check_finite
-from ssd.summary import check_json, console, print_facts, shown, write_json
+from ssd.summary import check_json, check_writable, console, print_facts, shown, write_json
 from ssd.verbs.arguments import Parser, split_data
 from ssd.verbs.extraction import add_extraction, check_device
 from ssd.verbs.loading import load_data
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
             f"--out {arguments.out} does not end in .npz. Give the name of a NumPy file, such as clusters.npz."
         )
     check_json(arguments.json)
-    check_json(arguments.out)  # whether it can be written, before anything is spent
+    check_writable("--out", arguments.out)
     check_device(arguments.device)
 
     backbone, about = load_network(arguments.network)

@@ -14,7 +14,7 @@ from ssd.data.folder import check_files, classes_of_folders, picture_files, read
 from ssd.data.groups import check_group_by, group_names
 from ssd.data.manifest import COUNTS, has_header, read_manifest, write_manifest
 from ssd.errors import UserError
-from ssd.summary import check_json, console, print_facts, shown, write_json
+from ssd.summary import check_json, check_writable, console, print_facts, shown, write_json
 from ssd.verbs.arguments import Parser
 
 SHOWN = 3
@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
     if not arguments.out.endswith((".csv", ".tsv")):
         raise UserError(f"--out {arguments.out} does not end in .csv or .tsv. Give the name of a table.")
     check_json(arguments.json)
-    check_json(arguments.out)
+    check_writable("--out", arguments.out)
     files = find_files(Path(arguments.path))
     if arguments.group_by is not None:
         by = int(arguments.group_by) if arguments.group_by.isdecimal() else arguments.group_by
@@ -90,7 +90,7 @@ def find_files(path: Path) -> Files:
     if not path.is_file():
         raise UserError(f"there is no folder or list '{path}'. Give a folder of files, or a text file of paths.")
     if not has_header(path):
-        names, given = read_list(path)
+        names, given = read_list(path, tuple(COUNTERS))
         return Files(str(path.parent), names, given, [None] * len(names))
     table = read_manifest(path)
     check_files(path, table.names[:10])
@@ -104,6 +104,9 @@ def counted_rows(files: Files, out: Path) -> tuple[list[dict[str, Any]], list[st
     here = os.path.abspath(out.parent)
     for index in track(range(len(files)), "files", disable=not sys.stdout.isatty()):
         path = os.path.abspath(files.describe(index))
+        if not is_text(path):
+            broken.append(f"{path!r} (its name is not UTF-8)")
+            continue
         try:
             counts = counted(path)
         except OSError as error:
@@ -113,6 +116,14 @@ def counted_rows(files: Files, out: Path) -> tuple[list[dict[str, Any]], list[st
         name = os.path.relpath(path, here) if path.startswith(here + os.sep) else path
         rows.append({"path": name, "label": files.labels[index], "group": files.groups[index], **counts})
     return rows, broken
+
+
+def is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def report(rows: list[dict[str, Any]], broken: list[str]) -> dict[str, Any]:

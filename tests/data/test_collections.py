@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ssd.data.mixture import Mixture
 from ssd.data.pictures import decode
-from ssd.data.sources import open_source
+from ssd.data.sources import Renamed, open_source
 from ssd.errors import UserError
 
 
@@ -38,6 +39,15 @@ def test_torchvision_by_name_with_both_parts(cifar):
     assert source.open(2).shape == (32, 32, 3) and source.label(11) == 1
     assert open_source(f"torchvision:CIFAR10:{cifar}", labels=False).labels is None
     assert source.fingerprint() == open_source(f"torchvision:CIFAR10:{cifar}").fingerprint()
+
+
+def test_two_classes_of_one_name_stay_two(cifar):
+    names = ["crane" if n in (2, 7) else f"class {n}" for n in range(10)]
+    (cifar / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    training, separate = (open_source(f"torchvision:CIFAR10:{cifar}:{part}") for part in ("train", "test"))
+    assert Renamed(separate, training.classes).labels.tolist() == [0, 1, 2, 3, 4]
+    assert Renamed(training, separate.classes).labels.tolist() == [n % 10 for n in range(12)]
+    assert Mixture({"a": training, "b": separate}).classes[-2:] == ["crane 2", "crane 7"]
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,15 @@ def test_no_group_is_on_both_sides_and_the_share_is_met(length, num_groups, clas
     if labels is not None and (labels < 0).all():
         labels = None
     source = Numbers(length, labels=labels, groups=groups)
-    if len(set(groups.tolist())) == 1 and groups[0] >= 0:
+    counted = groups if labels is None else groups[labels >= 0]
+    if len(counted) == 1 or (len(set(counted.tolist())) == 1 and counted[0] >= 0):
         with pytest.raises(UserError, match="one group"):
             split(source, share)
         return
     kept, held = split(source, share)
     assert sorted([*kept, *held]) == list(range(length)) and len(held) and len(kept)
     assert not set(groups[kept][groups[kept] >= 0]) & set(groups[held][groups[held] >= 0])
+    assert labels is None or ((labels[kept] >= 0).any() and (labels[held] >= 0).any()), "both can be evaluated"
     assert all(np.array_equal(a, b) for a, b in zip((kept, held), split(source, share), strict=True))
     if labels is None and 1 < len(held) < length - 1:
         sizes = np.bincount(groups[groups >= 0])
@@ -66,6 +68,13 @@ def test_samples_without_a_label_are_not_held_out():
     labels = np.where(np.arange(40) % 2, -1, 0)
     kept, held = split(Numbers(40, labels=labels), 0.25)
     assert len(held) == 5 and (labels[held] == 0).all() and len(kept) == 35
+
+
+def test_labels_that_one_group_holds_cannot_be_divided():
+    with pytest.raises(UserError, match="all 3 samples with a label are of one group"):
+        split(Numbers(6, labels=[0, 1, 0, -1, -1, -1], groups=[0, 0, 0, 1, 1, 1]), 0.2)
+    kept, _ = split(Numbers(12, labels=[0] * 10 + [-1] * 2, groups=[0] * 5 + [1] * 5 + [2] * 2), 0.9)
+    assert 5 < len(kept) < 12 and 10 in kept, "one of the groups with labels, and the one without"
 
 
 def test_groups_reach_through_what_is_made_from_a_source():

@@ -1,5 +1,7 @@
 """Batches by length: a function of (seed, epoch), every sound at most once, within what a step may hold."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -120,9 +122,32 @@ def test_a_folder_that_may_not_be_written_to_is_counted_all_the_same(tmp_path, m
     assert not list(folder.glob(".*"))
 
 
-def test_lengths_are_those_at_the_views_rate_and_broken_files_are_counted(tmp_path):
-    import multiprocessing
+def test_a_sound_that_could_not_be_read_once_is_not_left_out_for_ever(tmp_path, monkeypatch):
+    folder = write_digits(tmp_path / "digits", counts=1)
 
+    def away(*_):
+        raise OSError("the disk does not answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "Sound", away)
+        assert not counted_lengths(files(folder)).any()
+    broken = BrokenSamples(files(folder), 0.5, multiprocessing.get_context("fork"), "sound")
+    assert lengths_at(files(folder), 8000, broken).min() >= 800 and not len(broken)
+
+
+def test_what_one_rank_cannot_read_no_rank_takes(tmp_path, monkeypatch):
+    folder = write_digits(tmp_path / "digits", counts=1)
+    (folder / "0_bob_0.wav").write_bytes(b"words")
+    found = []
+    for other in ([4, 1], []):
+        monkeypatch.setattr(module, "gather_objects", lambda mine, other=other: [mine, other])
+        broken = BrokenSamples(files(folder), 0.5, multiprocessing.get_context("fork"), "sound")
+        found.append(np.flatnonzero(lengths_at(files(folder), 8000, broken) == 0).tolist())
+        assert len(broken) == len(found[-1])
+    assert found == [[1, 4], [1]]
+
+
+def test_lengths_are_those_at_the_views_rate_and_broken_files_are_counted(tmp_path):
     folder = write_digits(tmp_path / "digits")
     (folder / "0_ada_1.wav").write_bytes(b"words")
     chosen = Subset(Subset(files(folder), np.arange(10)), np.array([0, 1, 5]))

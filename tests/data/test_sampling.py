@@ -1,5 +1,7 @@
 """What an epoch draws: exact counts, nothing left out in silence, the same in every process."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -255,6 +257,13 @@ def test_clusters_follow_the_part_that_is_trained_on_and_refuse_other_data(tmp_p
         UserError, match=r"numbers, 6 samples, fingerprint numbers 6.*others 0.*fingerprint others 6.*curate"
     ):
         Balanced(file).over(Subset(Numbers(6, "others"), np.arange(3)))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    damaged = bytearray(Path(file).read_bytes())
+    damaged[damaged.index(b"leaf.npy") + 40] ^= 255
+    for content in ((tmp_path / "array.npy").read_bytes(), bytes(damaged)):
+        (tmp_path / "other.npz").write_bytes(content)
+        with pytest.raises(UserError, match="not a file of clusters"):
+            read_clusters(tmp_path / "other.npz")
     (tmp_path / "words.npz").write_text("words")
     with pytest.raises(UserError, match="not a file of clusters"):
         read_clusters(tmp_path / "words.npz")

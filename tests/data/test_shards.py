@@ -170,9 +170,28 @@ def test_without_ranges_a_shard_is_fetched_once_and_that_is_said(server):
 def test_a_download_that_breaks_off_leaves_nothing(server, tmp_path):
     shards(server.folder, count=1)
     server.ranges, server.cut = False, True
-    with pytest.warns(UserWarning, match="no ranges"), pytest.raises(UserError, match=r"broke off|cannot be kept"):
+    with (
+        pytest.warns(UserWarning, match="no ranges"),
+        pytest.raises(UserError, match=r"broke off after \d+ of \d+ bytes"),
+    ):
         open_source(f"{server.url}/s-000.tar")
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_download_that_is_cut_off_by_the_network_does_not_blame_the_disk(server, monkeypatch):
+    shards(server.folder, count=1)
+    server.ranges = False
+    monkeypatch.setattr("http.client.HTTPResponse.read", lambda *_: (_ for _ in ()).throw(TimeoutError("timed out")))
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="broke off: TimeoutError: timed out"):
+        open_source(f"{server.url}/s-000.tar")
+
+
+def test_a_cache_folder_that_cannot_be_made_names_the_variable(server, monkeypatch, tmp_path):
+    shards(server.folder, count=1)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("SSD_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"cache folder .* cannot be made .*SSD_CACHE"):
+        open_source(f"{server.url}/s-000.tar")
 
 
 def test_a_full_disk_is_said_before_it_is_filled(server, monkeypatch):

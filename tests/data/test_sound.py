@@ -113,6 +113,14 @@ def test_a_compressed_file_that_ends_before_its_header_says_is_broken_where_noth
             sound.read(20_000, 1000)
 
 
+def test_at_another_rate_too_a_part_behind_the_end_is_broken_and_not_empty():
+    with Sound(wav_bytes(np.zeros(1000))) as sound:
+        sound.length = 4000
+        assert len(sound.read_at(16_000, 1900, 500)) == 100
+        with pytest.raises(BrokenSound, match="ends before sample 2010 at 16000 Hz"):
+            sound.read_at(16_000, 2010, 50)
+
+
 def test_without_soundfile_pcm_is_read_and_the_extra_named_for_the_rest(monkeypatch):
     monkeypatch.setitem(sys.modules, "soundfile", None)
     assert len(read(wav_bytes(np.zeros(10)))) == 10

@@ -205,6 +205,29 @@ def test_parquet_fingerprints_tell_files_apart(parquet):
     assert open_source(first).fingerprint() == open_source(again).fingerprint() != open_source(other).fingerprint()
 
 
+def test_labels_of_minus_one_throughout_are_none(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((3, 4, 4), np.uint8))
+    for labels, expected in ([[-1, -1, -1], None], [[-1, 0, 2], [-1, 0, 2]]):
+        np.save(tmp_path / "x-labels.npy", np.array(labels))
+        source = open_source(tmp_path / "x.npy")
+        assert (source.labels if expected is None else source.labels.tolist()) == expected
+
+
+def test_a_parquet_file_without_a_single_label_has_none(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    pictures = [encoded(scene(8, 8, number)) for number in range(3)]
+    parquet.write_table(pa.table({"image": pictures, "label": [-1, -1, -1]}), tmp_path / "test.parquet")
+    assert open_source(tmp_path / "test.parquet").labels is None
+
+
+def test_hidden_files_are_no_shards(tmp_path):
+    class_folders(tmp_path, {"a": 1, "b": 1})
+    write(tmp_path / "._a.tar", b"what some systems leave beside a file")
+    assert len(open_source(tmp_path)) == 2
+
+
 # ---------------------------------------------------------------- parts of sources
 
 

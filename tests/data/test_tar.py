@@ -9,8 +9,10 @@ import tarfile
 import numpy as np
 import pytest
 
+from ssd.data.shards import OPEN_FILES
 from ssd.data.sources import open_source
 from ssd.data.tar import TarSource, expand_braces
+from ssd.data.tar_headers import pax_path
 from ssd.errors import UserError
 from tests.data.files import encoded
 
@@ -68,10 +70,18 @@ def test_labels_may_be_names_or_stand_in_json(tmp_path):
     assert source.classes == ["cat", "dog"] and source.labels.tolist() == [0, 1, -1, 1]
 
 
-def test_samples_without_a_picture_are_counted(tmp_path):
+def test_what_is_passed_over_is_said(tmp_path, recwarn):
     files = [("a.txt", b"words"), ("b.png", picture(1)), (".hidden.png", picture(2)), ("c.cls", b"1")]
-    source = TarSource(write(tmp_path / "s.tar", files))
-    assert len(source) == 1 and source.skipped == 2
+    path = write(tmp_path / "s.tar", files)
+    for _ in range(2):  # from the shard, and from what was kept
+        with pytest.warns(UserWarning, match="2 samples without a picture"):
+            assert len(TarSource(path)) == 1
+    frames = write(tmp_path / "t.tar", [(f"film.{number}.png", picture(number)) for number in range(5)])
+    with pytest.warns(UserWarning, match=r"passed over: 4 pictures, for instance film\.1\.png, .* first dot"):
+        assert len(TarSource(frames)) == 1
+    recwarn.clear()
+    TarSource(write(tmp_path / "u.tar", samples(3)))
+    assert not recwarn
 
 
 def test_the_index_is_kept_beside_the_shard_and_made_anew_for_another(tmp_path, monkeypatch):
@@ -138,6 +148,35 @@ def test_a_shard_that_shrank_is_a_broken_picture_and_not_half_of_one(tmp_path):
     os.truncate(path, 540)
     with pytest.raises(OSError, match="cut short"):
         source.open(0)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="asks the system which files are open")
+def test_there_may_be_more_shards_than_a_process_may_have_open(tmp_path):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = max(map(int, os.listdir("/dev/fd"))) + OPEN_FILES + 20
+    for number in range(count):
+        write(tmp_path / f"s-{number:03}.tar", [("a.png", picture(number % 256))])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    try:
+        source = TarSource([tmp_path / f"s-{number:03}.tar" for number in range(count)])
+        for _ in range(2):
+            assert [source.open(i) for i in range(count)] == [picture(n % 256) for n in range(count)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_shard_that_was_written_again_is_not_read_through_the_old_file(tmp_path):
+    source = TarSource(write(tmp_path / "s.tar", samples(2)))
+    assert source.open(0) == picture(0)
+    write(tmp_path / "new.tar", samples(2, first=7))
+    os.replace(tmp_path / "new.tar", tmp_path / "s.tar")
+    assert TarSource(tmp_path / "s.tar").open(0) == picture(7)
+
+
+def test_a_pax_header_of_no_length_is_read_to_its_end():
+    assert pax_path(b"0 path=x\n") is None and pax_path(b"9 path=x\n") == "x"
 
 
 def test_missing_shards_are_counted(tmp_path):

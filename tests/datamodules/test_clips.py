@@ -121,6 +121,28 @@ def test_a_cache_of_a_limited_size_keeps_what_fits_and_changes_nothing(folder, m
     assert counts[True] == 0 and 0 < counts[1e-4] < 16
 
 
+def test_a_clip_that_the_cache_cannot_keep_is_not_decoded_whole(folder, monkeypatch):
+    asked = []
+    original = Clip.frames
+    monkeypatch.setattr(
+        Clip, "frames", lambda self, wanted, *rest: asked.append(len(wanted)) or original(self, wanted, *rest)
+    )
+    data = in_trainer(Clips(folder, cache=1e-4, batch_size=4, num_workers=0), views=VIEWS)
+    loader = data.train_dataloader()
+    list(loader)
+    asked.clear()
+    list(loader)
+    assert max(asked) <= sum(view[0].frames * len(view) for view in VIEWS.kinds().values()) < 27
+
+
+def test_times_are_remembered_of_so_many_frames_however_many_clips_that_is(folder, monkeypatch):
+    monkeypatch.setattr("ssd.data.clip_samples.REMEMBERED", 60)
+    data = in_trainer(Clips(folder, cache=False, batch_size=4, num_workers=0), views=VIEWS)
+    list(data.train_dataloader())
+    kept = data._training.clips._timelines
+    assert len(kept) > 1 and 30 < sum(map(len, kept.values())) <= 60
+
+
 def test_evaluation_shows_the_middle_of_each_clip_once_normalised(folder):
     data = in_trainer(Clips(folder, batch_size=3, num_workers=0, normalize="imagenet"), views=VIEWS)
     bank, queries = data.val_dataloader()

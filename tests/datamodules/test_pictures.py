@@ -196,6 +196,25 @@ def test_labels_in_the_held_out_part_alone_make_it_bank_and_queries(tmp_path):
     assert data.num_classes == 2 and len(data.source) == 8
 
 
+def test_a_held_out_sample_without_a_label_is_in_no_bank(tmp_path):
+    class_folders(tmp_path, {"loose": 8})
+    np.save(tmp_path / "val.npy", np.zeros((10, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "val-labels.npy", np.array([-1, 0, 1] * 3 + [-1]))
+    data = in_trainer(Images(tmp_path / "loose", tmp_path / "val.npy", batch_size=4, num_workers=0))
+    labels = [loader.dataset.pictures.source.labels for loader in data.val_dataloader()]
+    assert sorted(np.concatenate(labels).tolist()) == [0, 0, 0, 1, 1, 1] and len(labels[1]) == 3
+
+
+def test_names_and_numbers_are_not_taken_for_the_same_classes(folder, tmp_path):
+    np.save(tmp_path / "val.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "val-labels.npy", np.array([1, 2, 3]))
+    with pytest.raises(UserError, match="training data has names of classes and the held-out data has plain numbers"):
+        in_trainer(Images(folder, tmp_path / "val.npy"))
+    np.save(tmp_path / "val-labels.npy", np.array([-1, -1, -1]))
+    with pytest.raises(UserError, match=r"held-out data .* has none"):
+        in_trainer(Images(folder, tmp_path / "val.npy"))
+
+
 def test_train_and_val_folders_side_by_side_are_taken_as_such(tmp_path):
     class_folders(tmp_path / "train", {"a": 4, "b": 4, "c": 4})
     class_folders(tmp_path / "val", {"b": 2, "c": 2})
@@ -349,6 +368,11 @@ def test_mistakes_that_show_with_the_data_or_the_method(folder, tmp_path):
         in_trainer(Images(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="Call prepare"):
         Images(folder).train_dataloader()
+    for name in ("clip", "speech"):
+        with pytest.raises(
+            UserError, match=r"Images makes views by PictureViews, and the method's are (Clip|Sound)Views"
+        ):
+            Images(folder).prepare(name)
     write(tmp_path / "loose" / "1.png", encoded(scene()))
     with pytest.raises(UserError, match="Leave val_path out"):
         in_trainer(Images(folder, tmp_path / "loose"))

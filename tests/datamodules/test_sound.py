@@ -165,6 +165,20 @@ def test_odd_files_are_read_and_broken_ones_counted_named_and_replaced(tmp_path,
         batches(Sound(tmp_path / "all", batch_size=12, num_workers=0, max_broken_share=0.2), views)
 
 
+def test_views_of_a_compressed_file_that_was_cut_lie_in_what_there_is(tmp_path):
+    """The header of an MP3 states the length that it once had."""
+    soundfile = pytest.importorskip("soundfile")
+    (tmp_path / "all").mkdir()
+    for number in range(4):
+        path = tmp_path / "all" / f"{number}.mp3"
+        soundfile.write(path, np.random.default_rng(number).uniform(-0.5, 0.5, 32_000), 16_000)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    views = SoundViews(rate_hz=16_000, global_length_s=1.0, local_length_s=0.2, noise_prob=0.0)
+    for epoch in range(5):
+        (batch,) = batches(Sound(tmp_path / "all", batch_size=4, num_workers=0), views, step=epoch)
+        assert batch.valid["local"].float().mean() > 0.9 and batch.valid["global"].any(-1).all()
+
+
 # ---------------------------------------------------------------- labels, parts, evaluation
 
 
@@ -199,6 +213,7 @@ def test_a_held_out_part_without_labels_is_looked_at_alone(folder):
         ({"label_pattern": "(?P<label>[0-1])_"}, r"finds nothing in '2_ada_0.wav' \(12 of 36 paths\)"),
         ({"held_out_pattern": "wav"}, "found in 36 of 36 paths"),
         ({"held_out_pattern": "_7"}, "found in 0 of 36 paths"),
+        ({"held_out_pattern": "_0", "val_path": "elsewhere"}, "held_out_pattern is '_0' and val_path is 'elsewhere'"),
         ({"group_by": "wav", "label_pattern": LABELS}, "puts all of the 36 samples in one group"),
         ({"batch_seconds": 1.0}, "batch_seconds is 1 and all views have one length"),
     ],

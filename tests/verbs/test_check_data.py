@@ -1,11 +1,15 @@
 """`ssd check-data`: what would stop a run stops here, with status 1, and what would weaken it is said."""
 
+import contextlib
+import io
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 
+from ssd.cli import main
 from ssd.data.sources import open_source
 from tests.data.files import class_folders, encoded, scene, write
 from tests.verbs.conftest import typed
@@ -189,6 +193,32 @@ def test_the_list_of_good_pictures_is_data_without_the_faults(folder, tmp_path, 
     assert content["findings"] == []
 
 
+def test_a_name_that_no_line_can_hold_costs_the_list_and_not_the_report(folder, tmp_path, check):
+    write(folder / "bee" / "new\nline.png", encoded(scene(40, 40, 60, detail=3)))
+    said, content = check(folder, *SMALL, "--out", tmp_path / "good.txt")
+    assert said.status == 2 and "'new\\nline.png" in said.err.replace(str(folder / "bee") + "/", "")
+    assert content["parts"]["training"]["pictures"] == 19 and "training" in said.out
+    assert not (tmp_path / "good.txt").exists()
+
+
+def test_a_broken_file_whose_name_is_no_text_is_named_all_the_same(folder):
+    with open(os.fsencode(folder) + b"/ant/p\xff.png", "wb") as file:
+        file.write(b"words")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    with contextlib.redirect_stdout(out):
+        words = ["check-data", folder, *SMALL, *QUICK, "--data.val_share", 0, "--data.max_broken_share", 0.5]
+        assert main([str(word) for word in words]) == 0
+    out.flush()
+    assert b"ant/p\\udcff.png: not a picture" in out.buffer.getvalue()
+
+
+def test_broken_held_out_pictures_are_left_out_and_not_replaced(folder, tmp_path, check):
+    shutil.copytree(folder, tmp_path / "val")
+    write(tmp_path / "val" / "ant" / "00.png", b"words")
+    _, content = check(folder, "--data.val_path", tmp_path / "val", *SMALL, "--data.max_broken_share", 0.5)
+    assert "held-out pictures cannot be read and are left out: " in found(content, "broken")[0]["text"]
+
+
 def test_the_loader_is_timed_with_each_number_of_workers(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("ssd.verbs.check_data.cores", lambda: 1)
     file = tmp_path / "found.json"
@@ -223,6 +253,9 @@ def test_values_of_sixteen_bits_are_looked_at_in_the_range_they_have(tmp_path, c
         (["pets", "--seconds", "soon"], ["--seconds", "number of seconds"]),
         (["pets", "--against", "nowhere"], ["there is no 'nowhere'"]),
         (["pets", "--out", "good.png"], ["--out good.png", ".txt"]),
+        (["stack.npy", "--out", "good.txt"], ["--out good.txt lists files", "stack.npy, picture"]),
+        (["pets", "--views", "speech"], ["makes views by PictureViews", "SoundViews"]),
+        (["pets", "--views", "clip"], ["makes views by PictureViews", "ClipViews"]),
         (["pets", "--json", "/"], ["--json / cannot be written"]),
         (["empty"], ["holds no pictures"]),
     ],
@@ -230,6 +263,7 @@ def test_values_of_sixteen_bits_are_looked_at_in_the_range_they_have(tmp_path, c
 def test_a_mistake_is_one_message(folder, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    np.save(tmp_path / "stack.npy", np.zeros((4, 40, 40, 3), np.uint8))
     said = typed("check-data", *argv)
     assert said.status == 2 and said.out == "" and said.err.count("\n") == 1, said
     assert all(word in said.err for word in words), said.err

@@ -1,6 +1,7 @@
 """`ssd curate` and `ssd manifest`, and runs that use what they wrote."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ import torch
 from PIL import Image
 
 from ssd.data.clusters import read_clusters
+from ssd.data.manifest import read_manifest
 from ssd.data.sources import open_source
 from ssd.verbs.networks import load_network
+from tests.data.files import encoded
+from tests.data.media_files import wav_bytes
 from tests.verbs.conftest import CONFIG, typed
 
 ON_CPU = ("--device", "cpu")
@@ -142,17 +146,36 @@ def test_a_manifest_lists_what_can_be_read_with_its_groups(pictures, tmp_path):
     assert again.read_text() == out.read_text()
 
 
+def test_a_list_of_sounds_with_spaces_in_their_names_is_one_of_paths(tmp_path):
+    for name in ("first take.wav", "second, longer.wav"):
+        (tmp_path / name).write_bytes(wav_bytes(np.zeros(300)))
+    (tmp_path / "list.txt").write_text("first take.wav\nsecond, longer.wav\n")
+    assert typed("manifest", tmp_path / "list.txt", "--out", tmp_path / "m.csv").status == 0
+    assert read_manifest(tmp_path / "m.csv").names == ["first take.wav", "second, longer.wav"]
+
+
+def test_a_name_that_is_no_text_is_left_out_and_said(tmp_path):
+    for name in (b"a.png", b"p\xff.png"):
+        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+            file.write(encoded(np.zeros((4, 5, 3), np.uint8)))
+    said = typed("manifest", tmp_path, "--out", tmp_path / "m.csv")
+    assert said.status == 0 and "p\\udcff.png' (its name is not UTF-8)" in said.out
+    assert read_manifest(tmp_path / "m.csv").names == ["a.png"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("nowhere", "--out", "m.csv"), "no folder or list 'nowhere'"),
         (("PICTURES", "--out", "m.xls"), "does not end in .csv"),
         (("PICTURES", "--out", "m.csv", "--group-by", "("), "not a regular expression"),
+        (("PICTURES", "--out", "file/m.csv"), "--out file/m.csv cannot be written"),
         (("PICTURES", "--out", "m.csv", "--group-by", "4"), "fits none of the 48"),
         ((".", "--out", "m.csv"), "holds no files"),
     ],
 )
 def test_a_mistaken_manifest_is_one_message(pictures, words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
     said = typed("manifest", *(pictures if word == "PICTURES" else word for word in words))
     assert said.status == 2 and message in said.err and said.err.count("\n") == 1, said.err

@@ -1,5 +1,11 @@
 """Crops are those of Pillow and torchvision, and the centre of an evaluation picture is theirs too."""
 
+import ctypes
+import faulthandler
+import mmap
+import multiprocessing
+import os
+import signal
 import warnings
 
 import numpy as np
@@ -109,6 +115,51 @@ def test_any_size_and_every_corner_of_a_small_picture(size, channels, made_by, m
     crop_into(image, boxes, expected)
     torch.testing.assert_close(out.int(), expected.int(), rtol=0, atol=2)
     assert (out.int() - expected.int()).float().abs().mean() < 0.02
+
+
+def before_a_forbidden_page(picture: np.ndarray) -> np.ndarray:
+    """The picture, its last byte the last one that may be read: behind it lies a page without any rights."""
+    size = -(-picture.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    forbidden = ctypes.c_void_p(start + size), ctypes.c_size_t(mmap.PAGESIZE), 0
+    assert ctypes.CDLL(None).mprotect(*forbidden) == 0
+    placed = np.frombuffer(memory, np.uint8, picture.nbytes, size - picture.nbytes).reshape(picture.shape)
+    placed[...] = picture
+    return placed
+
+
+def crop_at_the_ends(size: int, channels: int) -> None:
+    faulthandler.disable()
+    for height, width in ((7, 9), (5, 1), (1, 6), (1, 1), (64, 64)):
+        right, low = width - 1, height - 1
+        boxes = np.array(
+            [[0, 0, width, height, 0], [right, 0, 1, height, 0], [right, low, 1, 1, 1], [0, low, width, 1, 0]]
+        )
+        picture = noise(height, width, channels)
+        made = [torch.zeros(len(boxes), channels, size, size, dtype=torch.uint8) for _ in range(2)]
+        native.crops(before_a_forbidden_page(picture), boxes, made[0])
+        native.crops(picture, boxes, made[1])
+        assert torch.equal(*made)
+
+
+def read_one_byte_too_far() -> None:
+    faulthandler.disable()
+    picture = before_a_forbidden_page(noise(7, 9))
+    ctypes.string_at(picture.ctypes.data, picture.nbytes + 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that may die is forked")
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+def test_nothing_behind_the_picture_is_read(channels, made_by):
+    if made_by == "torch":
+        pytest.skip("reads by itself")
+    tried = [(crop_at_the_ends, (size, channels), 0) for size in (1, 16, 33)]
+    for target, given, expected in [*tried, (read_one_byte_too_far, (), -signal.SIGSEGV)]:
+        process = multiprocessing.get_context("fork").Process(target=target, args=given)
+        process.start()
+        process.join()
+        assert process.exitcode == expected
 
 
 def test_what_cannot_be_cropped_is_refused(made_by):

@@ -63,7 +63,8 @@ def broken(part: str, seen: Examined, max_share: float) -> list[Finding]:
             "data.max_broken_share."
         )
         return [Finding(STOP, "broken", text)]
-    return [Finding(WARNING, "broken", f"{first} and are replaced by others: {shown}. Mend or remove them.")]
+    what = "replaced by others" if part == "training" else "left out"
+    return [Finding(WARNING, "broken", f"{first} and are {what}: {shown}. Mend or remove them.")]
 
 
 def blank(part: str, seen: Examined) -> list[Finding]:

@@ -120,9 +120,7 @@ def write_list(file: str, parts: Sequence[tuple[Examined, np.ndarray]]) -> str:
             taken.add(int(groups[row]))
             name = part.source.describe(row)
             if not os.path.isfile(name) or not listable(name):
-                raise UserError(
-                    f"--out {file} lists files, and '{name}' is none that a line can name. Leave --out out."
-                )
+                raise no_line(file, name)
             label = -1 if labels is None else int(labels[row])
             word = "" if label < 0 else f"\t{label if classes is None else classes[label]}"
             lines.append(f"{os.path.abspath(name)}{word}\n")
@@ -131,6 +129,17 @@ def write_list(file: str, parts: Sequence[tuple[Examined, np.ndarray]]) -> str:
     Path(file).write_text("".join(lines), encoding="utf-8")
     total = sum(len(part) for part, _ in parts)
     return f"{len(lines):,} good pictures of {total:,} are listed in {file}: --data {file}"
+
+
+def check_files(file: str, source: Source) -> None:
+    """Raises UserError for pictures that lie in no files of their own, which the first of them tells."""
+    name = source.describe(0)
+    if not os.path.lexists(name):
+        raise no_line(file, name)
+
+
+def no_line(file: str, name: str) -> UserError:
+    return UserError(f"--out {file} lists files, and {name!r} is none that a line can name. Leave --out out.")
 
 
 def listable(name: str) -> bool:
