@@ -153,7 +153,7 @@ class DINOv3(SelfDistillation):
         answers = self.teacher({"global": batch.views["global"]}, places={"global": masks.flat_in_whole()})
         temperature = self.at("teacher_temperature")
         gram: dict[str, Tensor] = {}
-        if self.anchored():
+        if self.gram_teacher is not None and self.anchored():
             seen = batch.views["gram"] if "gram" in batch.views else batch.views["global"]
             tokens = self.gram_teacher(seen.flatten(0, 1))
             patches = resize_tokens(tokens.patches, tokens.grid, answers.tokens["global"].grid)
@@ -223,7 +223,8 @@ class DINOv3(SelfDistillation):
         if self.gram_anchor == "start":
             self._anchor_to_teacher()
         else:
-            load_backbone_weights(self.gram_teacher.network, self.gram_anchor)
+            network: Any = self.gram_teacher.network
+            load_backbone_weights(network, self.gram_anchor)
 
     def _refreshes_after(self, done: int) -> bool:
         """Whether the Gram teacher becomes the teacher once `done` steps are done."""
@@ -236,4 +237,5 @@ class DINOv3(SelfDistillation):
 
     def _anchor_to_teacher(self) -> None:
         anchor: Any = self.gram_teacher
-        anchor.network.load_state_dict(self.teacher.network.backbone.state_dict())
+        teacher: Any = self.teacher.network
+        anchor.network.load_state_dict(teacher.backbone.state_dict())

@@ -129,9 +129,9 @@ class Step(Recorded, nn.Module):
                 raise UserError(f"{name}: {value} is not a positive count. Use 1 or more.")
         if steps is not None and steps < 1:
             raise UserError(f"steps: {steps} is not a positive count. Use null to follow trainer.max_epochs.")
-        for name, value in {"layer_decay": layer_decay, "patch_embed_lr_scale": patch_embed_lr_scale}.items():
-            if not 0 < value <= 1:
-                raise UserError(f"{name}: {value} is not a factor above 0 and at most 1. 1 changes nothing.")
+        for name, factor in {"layer_decay": layer_decay, "patch_embed_lr_scale": patch_embed_lr_scale}.items():
+            if not 0 < factor <= 1:
+                raise UserError(f"{name}: {factor} is not a factor above 0 and at most 1. 1 changes nothing.")
         if freeze_by not in ("gradient", "rate"):
             raise UserError(f"freeze_by: '{freeze_by}' is unknown. Choose 'gradient' or 'rate'.")
         resolve_lr(1.0, lr_rule, lr_reference_batch, lr_reference_batch)

@@ -455,3 +455,12 @@ def test_a_stop_from_the_keyboard_is_no_traceback(capsys, monkeypatch):
     monkeypatch.setattr("ssd.cli.run_lightning", stop)
     assert main(["fit"]) == 130
     assert capsys.readouterr().err == "ssd fit: interrupted.\n"
+
+
+def test_single_settings_of_a_recipe_that_a_config_names_can_be_typed(settings):
+    views = settings("fit --config method/dino_small --data Digits --model.views.local_count 2")["model"]["init_args"][
+        "views"
+    ]
+    assert views["class_path"].endswith("DINOViews")
+    found = views["init_args"]
+    assert (found["global_size"], found["local_size"], found["local_count"]) == (32, 16, 2), "all else is the recipe's"

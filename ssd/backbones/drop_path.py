@@ -40,10 +40,10 @@ class SubsetDropPath:
     them, scaled by B over their number, so that the expectation is the whole branch. Attention and MLP draw apart.
     Oquab et al. 2023, arXiv 2304.07193, section 5."""
 
-    def forward(self: Any, x: Tensor, **place: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **place: Any) -> Tensor:
         rate = self.drop_path1.drop_prob
         if not self.training or not rate:
-            return super().forward(x, **place)  # type: ignore[misc]
+            return super().forward(x, *args, **place)  # type: ignore[misc]
         x = add_on_subset(x, rate, lambda rows, kept: self.attention_branch(rows, **rows_of(place, kept)))
         return add_on_subset(x, rate, lambda rows, kept: self.mlp_branch(rows))
 

@@ -75,6 +75,7 @@ def expand(argv: list[str], stored: Mapping[str, Any] | None = None, only: Seque
     """
     chosen: list[str] | None = None
     typed: list[str | Path] = []
+    change_views = any(word.startswith("--model.views.") for word in argv)
     words = iter(argv)
     for word in words:
         option, equals, value = word.partition("=")
@@ -99,7 +100,10 @@ def expand(argv: list[str], stored: Mapping[str, Any] | None = None, only: Seque
         if not isinstance(entry, Path):
             expanded.append(entry)
         elif only is None:
-            expanded += config_arguments(read_config(entry), entry, chosen)
+            config = read_config(entry)
+            method = with_views_spelled_out(config.get("model")) if change_views else None
+            path = entry if method is None else None
+            expanded += config_arguments(config if method is None else {**config, "model": method}, path, chosen)
         else:
             expanded += config_arguments(sections_of(read_config(entry), only), None, chosen)
     return expanded
@@ -111,6 +115,15 @@ def sections_of(config: Mapping[str, Any], only: Sequence[str]) -> dict[str, Any
     views = (method.get("init_args") or {}).get("views") if isinstance(method, Mapping) else None
     found = {**config, **({} if views is None else {"views": spelled_out(views)})}
     return {key: value for key, value in found.items() if key in only}
+
+
+def with_views_spelled_out(method: Any) -> dict[str, Any] | None:
+    """A config's model whose views are no longer a recipe's name, None where they are none or it has none."""
+    if not isinstance(method, Mapping) or not isinstance(method.get("init_args"), Mapping):
+        return None
+    views = method["init_args"].get("views")
+    spelled = spelled_out(views)
+    return None if spelled is views else {**method, "init_args": {**method["init_args"], "views": spelled}}
 
 
 def spelled_out(views: Any) -> Any:

@@ -1,7 +1,7 @@
 """View recipes by name. A recipe's settings are plain fields, so a config can name one or spell it out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ssd.errors import UserError
 from ssd.views.clips import ClipViews
@@ -108,9 +108,17 @@ class DINOViews(PictureViews):
         if self.local_count:
             kinds["local"] = (local,) * self.local_count
         if self.gram_size is not None:
-            plain = {"jitter_prob": 0.0, "grey_prob": 0.0, "blur_prob": 0.0, "solarize_prob": 0.0}
             kinds["gram"] = tuple(
-                replace(view, size=self.gram_size, twin=twin, **plain) for twin, view in enumerate((first, second))
+                View(
+                    size=self.gram_size,
+                    scale=self.global_scale,
+                    ratio=self.ratio,
+                    flip=self.flip,
+                    rotate=self.rotate,
+                    shear=self.shear,
+                    twin=twin,
+                )
+                for twin in (0, 1)
             )
         return kinds
 
