@@ -10,9 +10,10 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ssd.batch import Batch
+from ssd.batch import Batch, Tokens
 from ssd.distributed import gather_objects, rank, world_size
 from ssd.errors import UserError
+from ssd.evaluation.dense import correspondence, has_places
 from ssd.parallel import compile_blocks, synchronise_batch_norm
 from ssd.record import Recorded, describe, differences
 from ssd.resume import (
@@ -26,6 +27,8 @@ from ssd.resume import (
 from ssd.schedules import Schedule, value_at
 from ssd.step import NORMALISATIONS, Step, StepReport
 from ssd.weights.stages import start_stage
+
+DENSE_SAMPLES = 512  # that each process asks for corresponding patches, of each set: enough for half a point
 
 SEEN = ("views", "fingerprint", "sampling", "mean", "std", "value_range", "channels", "seed")
 """Of what a checkpoint says of views and data that which decides what a step sees."""
@@ -194,15 +197,26 @@ class SelfDistillation(Step, pl.LightningModule):
         return self.build_optimizers()
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Frozen features of one evaluation batch. {"features": (B, D), "labels": (B,), "index": (B,)}"""
-        features = self.evaluated_backbone(batch["sample"]).pooled()
-        return {"features": features.float(), "labels": batch["label"], "index": batch["index"]}
+        """Frozen features of one evaluation batch, and where patches were found again of the first `DENSE_SAMPLES`.
+
+        {"features": (B, D), "labels": (B,), "index": (B,)}, and "dense": (B, 3) as `correspondence` gives it, of backbones
+        with a map of patches.
+        """
+        answer, tokens = self._embedded(batch)
+        if batch_index * len(batch["index"]) < DENSE_SAMPLES and batch["sample"].ndim == 4 and has_places(tokens):
+            answer["dense"] = correspondence(self.evaluated_backbone, batch["sample"], batch["index"])
+        return answer
 
     test_step = validation_step
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Embeddings, as `validation_step`."""
-        return self.validation_step(batch, batch_index, dataloader_idx)
+        """Embeddings: {"features": (B, D), "labels": (B,), "index": (B,)}"""
+        return self._embedded(batch)[0]
+
+    def _embedded(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tokens]:
+        tokens = self.evaluated_backbone(batch["sample"])
+        found = {"features": tokens.pooled().float(), "labels": batch["label"], "index": batch["index"]}
+        return found, tokens
 
     # ------------------------------------------------------------------ checkpoints
 

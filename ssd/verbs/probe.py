@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ssd.errors import UserError
+from ssd.evaluation.dense import dense_number, pixel_patches
 from ssd.evaluation.features import Features, extract, pixels
 from ssd.evaluation.protocol import Number
 from ssd.evaluation.suite import MEASURES, evaluate, few_label_report, report_table
@@ -20,7 +21,8 @@ def run(argv: list[str]) -> int:
     parser = Parser(
         prog="ssd probe",
         description="Extracts frozen features of a checkpoint's backbone once, then asks kNN, linear, logistic and "
-        "few-label probes and the spectrum. Views and normalisation are the checkpoint's own.",
+        "few-label probes and the spectrum, and whether patches find their place again in another crop (dense). Views and "
+        "normalisation are the checkpoint's own.",
         epilog="--data takes a path, a class name or a data config, and --data.KEY VALUE its settings, as in ssd fit; "
         "without it the checkpoint's own data is used.",
     )
@@ -28,10 +30,10 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--measures",
         nargs="+",
-        default=list(MEASURES),
-        choices=MEASURES,
+        default=[*MEASURES, "dense"],
+        choices=[*MEASURES, "dense"],
         metavar="MEASURE",
-        help=f"which of {', '.join(MEASURES)}; default: all",
+        help=f"which of {', '.join(MEASURES)}, dense; default: all",
     )
     parser.add_argument("--baselines", action="store_true", help="also raw pixels and the untrained network")
     parser.add_argument(
@@ -50,16 +52,22 @@ def run(argv: list[str]) -> int:
     out = console()
     settings = {"device": arguments.device, "precision": arguments.precision}
     backbone = module.evaluated_backbone.to(arguments.device)
-    bank, queries = features_of(backbone, data, arguments.measures, "pretrained", **settings)
-    numbers = evaluate(
-        bank.features,
-        bank.labels,
-        queries.features,
-        queries.labels,
-        measures=arguments.measures,
-        draws=arguments.draws,
-        seed=arguments.seed,
-    )
+    of_features = [name for name in arguments.measures if name != "dense"]
+    bank, queries = features_of(backbone, data, of_features, "pretrained", **settings)
+    numbers = []
+    if of_features:
+        numbers = evaluate(
+            bank.features,
+            bank.labels,
+            queries.features,
+            queries.labels,
+            measures=of_features,
+            draws=arguments.draws,
+            seed=arguments.seed,
+        )
+    if "dense" in arguments.measures:
+        dense = dense_number(backbone, data.test_dataloader()[-1], **settings)
+        numbers += [] if dense is None else [dense]
     counts = f"{len(bank.labels)} training, {len(queries.labels)} test samples"
     if queries is bank:
         counts = f"{len(bank.labels)} samples"
@@ -67,6 +75,8 @@ def run(argv: list[str]) -> int:
     content: dict[str, Any] = {"file": arguments.file, "numbers": number_rows(numbers)}
     if arguments.baselines:
         report = compare_with_baselines(about, data, bank, queries, arguments.draws, arguments.seed, **settings)
+        if "dense" in arguments.measures:
+            add_dense(report, about, backbone, data, arguments.seed, **settings)
         out.print(report_table(report, title="beside raw pixels and the untrained network"))
         content["baselines"] = {name: {key: vars(n) for key, n in row.items()} for name, row in report.items()}
     write_json(arguments.json, content)
@@ -79,7 +89,7 @@ def features_of(
     """Features of the training and the test samples, twice the same where only the spectrum is asked of data without
     labels. Raises UserError where a measure needs labels and there are none."""
     loaders = data.test_dataloader()
-    if len(loaders) < 2 and set(measures) != {"spectrum"}:
+    if len(loaders) < 2 and not set(measures) <= {"spectrum"}:
         raise UserError(
             "the data has no labels, which kNN and linear probes need. Give data with labels (class folders, a list file "
             "with labels, or a label column) by --data, or ask for --measures spectrum."
@@ -92,6 +102,20 @@ def features_of(
     progress = f"{name} features" if sys.stdout.isatty() else None
     parts = [extract(embed, loader, progress=progress, **settings) for loader in loaders]
     return parts[0], parts[-1]
+
+
+def add_dense(
+    report: dict[str, dict[str, Number]], about: dict[str, Any], backbone: Any, data: Any, seed: int, **settings: Any
+) -> None:
+    """The dense score of each row of `compare_with_baselines`, where the backbone answers a map."""
+    patch = max(backbone.patch_size) if isinstance(backbone.patch_size, tuple) else backbone.patch_size
+    torch.manual_seed(seed)
+    fresh = build(about["method"]).eval().evaluated_backbone.to(settings["device"])
+    networks = {"pixels": lambda pictures: pixel_patches(pictures, patch), "untrained": fresh, "pretrained": backbone}
+    found = {name: dense_number(network, data.test_dataloader()[-1], **settings) for name, network in networks.items()}
+    for name, number in found.items():
+        if number is not None and all(found.values()):
+            report[name]["dense"] = number
 
 
 def compare_with_baselines(

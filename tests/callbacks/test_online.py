@@ -96,3 +96,22 @@ def test_a_diverged_network_is_logged_as_such_and_the_run_goes_on(trainer):
     fit.validate(module, [loader(bank, labels), loader(queries, truth)], verbose=False)
     assert list(fit.callback_metrics) == ["val/spectrum/rankme"]
     assert math.isnan(fit.callback_metrics["val/spectrum/rankme"])
+
+
+class AsksPatches(Embedder):
+    """Finds every patch of the queries again and none of the bank."""
+
+    def validation_step(self, batch, batch_index, dataloader_idx=0):
+        counts = torch.tensor([[4.0, 4.0 * dataloader_idx, 1.0]]).expand(len(batch["index"]), -1)
+        return super().validation_step(batch, batch_index, dataloader_idx) | {"dense": counts}
+
+
+def test_patches_found_again_are_those_of_the_queries_where_there_are_some(trainer):
+    (bank, labels), (queries, truth) = clouds(40), clouds(30, seed=1)
+    fit, callback = trainer()
+    fit.validate(AsksPatches(), [loader(bank, labels), loader(queries, truth)], verbose=False)
+    assert float(fit.callback_metrics["val/dense/correspondence"]) == 1.0
+    assert {number.name: number.chance for number in callback.numbers}["dense/correspondence"] == 0.25
+    fit, callback = trainer()
+    fit.validate(AsksPatches(), [loader(bank, torch.full_like(labels, -1))], verbose=False)
+    assert float(fit.callback_metrics["val/dense/correspondence"]) == 0.0

@@ -119,3 +119,38 @@ def test_a_mistake_is_one_message(run, more, words):
     said = typed("probe", run.last, *more)
     assert said.status == 2 and said.out == "" and said.err.count("\n") == 1, said
     assert all(word in said.err for word in words), said.err
+
+
+def test_the_dense_score_stands_beside_those_of_pixels_and_the_untrained_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vit = (
+        "{name: vit_tiny_patch16_224, img_size: 16, arguments: {patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}}"
+    )
+    Path("run.yaml").write_text(
+        f"""
+model:
+  class_path: DINO
+  init_args:
+    backbone: {{class_path: ViT, init_args: {vit}}}
+    views: {{class_path: DINOViews, init_args: {{global_size: 16, local_count: 0}}}}
+    num_prototypes: 8
+    head_hidden_dim: 8
+    head_bottleneck_dim: 4
+trainer: {{max_epochs: 1, limit_train_batches: 2, accelerator: cpu, enable_progress_bar: false}}
+"""
+    )
+    limits = ("--data", "Digits", "--data.evaluation_limit", "96", "--data.limit", "128")
+    said = typed("fit", "--config", "run.yaml", *limits, "--trainer.default_root_dir", "run", "--json", "fit.json")
+    assert said.status == 0, said.err
+    online = {n["name"]: n for n in json.loads(Path("fit.json").read_text())["numbers"]}["dense/correspondence"]
+    assert 0 < online["chance"] < online["value"] < 1
+    said = typed(
+        "probe", "run/checkpoints/last.ckpt", "--measures", "dense", "--baselines", "--json", "p.json", *ON_CPU
+    )
+    assert said.status == 0 and "dense/correspondence" in said.out, said.err
+    found = json.loads(Path("p.json").read_text())
+    (number,) = found["numbers"]
+    assert number["value"] == pytest.approx(online["value"], abs=0.05)
+    row = {name: columns["dense"] for name, columns in found["baselines"].items()}
+    assert row["pretrained"]["value"] == number["value"]
+    assert row["pixels"]["value"] > row["pixels"]["chance"] == pytest.approx(number["chance"])
