@@ -1,4 +1,4 @@
-"""Files of weights as DINO, iBOT and DINOv2 publish them, turned into timm's names.
+"""Files of weights as DINO, iBOT, DINOv2 and DINOv3 publish them, turned into timm's names.
 
 Training files hold `student` and `teacher`, each with a backbone and heads; releases hold a backbone alone,
 flat or under `state_dict`.
@@ -17,6 +17,7 @@ from ssd.weights.checkpoint import shortened
 
 # learned inputs of masked training, which no backbone uses
 MASK_TOKENS = ("mask_token", "masked_embed")
+TRAINING_ONLY = ("local_cls_norm.",)
 HEADS = ("head", "dino_head", "ibot_head")
 
 
@@ -84,17 +85,43 @@ def timm_state(public: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tens
 
     Keys that are timm's already stay; what is neither is left for the caller to refuse.
     """
-    left_out = [key for key in public if key in MASK_TOKENS]
+    left_out = [key for key in public if key in MASK_TOKENS or key.startswith(TRAINING_ONLY)]
+    public = {key: value for key, value in public.items() if key not in left_out}
+    if "storage_tokens" in public or any(key.endswith(".attn.qkv.bias_mask") for key in public):
+        return timm_state_of_dinov3(public, model), left_out
     state: dict[str, Tensor] = {}
     for key, value in public.items():
-        if key in MASK_TOKENS:
-            continue
         key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)  # blocks in chunks keep their own number
         key = key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
         state[key] = value
     if "register_tokens" in state and "pos_embed" in state:
         place_registers(state, model)
     return state, left_out
+
+
+def timm_state_of_dinov3(public: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """DINOv3's names: rotary periods are computed by timm, and of the biases of query, key and value those of keys are
+    masked away. Where `model` has no such biases, zeros are no loss and others are left to be refused."""
+    own = model.state_dict()
+    names = {"storage_tokens": "reg_token", ".ls1.gamma": ".gamma_1", ".ls2.gamma": ".gamma_2"}
+    names |= {".mlp.w1.": ".mlp.fc1_g.", ".mlp.w2.": ".mlp.fc1_x.", ".mlp.w3.": ".mlp.fc2."}
+    state: dict[str, Tensor] = {}
+    for key, value in public.items():
+        if key == "rope_embed.periods" or key.endswith(".attn.qkv.bias_mask"):
+            continue
+        key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
+        if key.endswith(".attn.qkv.bias"):
+            attention = key.removesuffix("qkv.bias")
+            query, _, content = value.chunk(3)
+            if f"{attention}q_bias" in own:
+                state |= {f"{attention}q_bias": query, f"{attention}v_bias": content}
+                continue
+            if not query.any() and not content.any():
+                continue
+        state[key] = value
+    return state
 
 
 def place_registers(state: dict[str, Tensor], model: Any) -> None:

@@ -164,6 +164,86 @@ def test_swiglu_of_dinov2_is_packed_as_timm_packs_it():
     assert_close(mlp(x), (torch.nn.functional.silu(gate) * value) @ w3.T + public["blocks.0.0.mlp.w3.bias"])
 
 
+def dinov3_state(swiglu: bool, bias: float) -> dict[str, Tensor]:
+    """A release of DINOv3 of width 24 and depth 2: names and shapes of the published files."""
+    generator = torch.Generator().manual_seed(5)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    state = {"cls_token": drawn(1, 1, 24), "storage_tokens": drawn(1, 4, 24), "mask_token": torch.zeros(1, 24)}
+    state |= {"rope_embed.periods": drawn(3), "patch_embed.proj.weight": drawn(24, 3, 16, 16)}
+    state |= {"patch_embed.proj.bias": drawn(24), "norm.weight": drawn(24), "norm.bias": drawn(24)}
+    state |= {"local_cls_norm.weight": drawn(24), "local_cls_norm.bias": drawn(24)}
+    mask = torch.cat([torch.ones(24), torch.zeros(24), torch.ones(24)])
+    for number in range(2):
+        block = {"attn.qkv.weight": drawn(72, 24), "attn.qkv.bias": bias * drawn(72), "attn.qkv.bias_mask": mask}
+        block |= {"attn.proj.weight": drawn(24, 24), "attn.proj.bias": drawn(24), "ls1.gamma": drawn(24)}
+        block |= {"ls2.gamma": drawn(24)}
+        block |= {f"norm{i}.{kind}": drawn(24) for i in (1, 2) for kind in ("weight", "bias")}
+        shapes = {"w1": (96, 24), "w2": (96, 24), "w3": (24, 96)} if swiglu else {"fc1": (96, 24), "fc2": (24, 96)}
+        for name, shape in shapes.items():
+            block |= {f"mlp.{name}.weight": drawn(*shape), f"mlp.{name}.bias": drawn(shape[0])}
+        state |= {f"blocks.{number}.{name}": value for name, value in block.items()}
+    return state
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(
+    ("name", "swiglu"), [("vit_small_patch16_dinov3_qkvb", False), ("vit_huge_plus_patch16_dinov3_qkvb", True)]
+)
+def test_a_release_of_dinov3_is_the_published_block(tmp_path, name, swiglu, chunked):
+    state = dinov3_state(swiglu, bias=1.0)
+    torch.save(in_chunks(state, 1) if chunked else state, tmp_path / "dinov3.pth")
+    arguments = {"embed_dim": 24, "depth": 2, "num_heads": 2, "mlp_ratio": 4.0}
+    with pytest.warns(UserWarning, match=r"mask_token, local_cls_norm\.weight, local_cls_norm\.bias\."):
+        backbone = ViT(name, img_size=32, weights=f"{tmp_path}/dinov3.pth", arguments=arguments).eval()
+    x = pictures(size=32)
+    _, sequence, ropes = backbone.embed(x, None, None, None)
+    assert_close(sequence[:, 1:5], state["storage_tokens"].expand(2, -1, -1))
+    found = backbone.blocks[1](sequence, rope=ropes[1])
+
+    def norm(x, name):
+        return torch.nn.functional.layer_norm(
+            x, (24,), state[f"blocks.1.{name}.weight"], state[f"blocks.1.{name}.bias"], 1e-5
+        )
+
+    def linear(x, name):
+        return x @ state[f"blocks.1.{name}.weight"].T + state[f"blocks.1.{name}.bias"]
+
+    bias = state["blocks.1.attn.qkv.bias"] * state["blocks.1.attn.qkv.bias_mask"]
+    qkv = norm(sequence, "norm1") @ state["blocks.1.attn.qkv.weight"].T + bias
+    q, k, v = qkv.view(2, 9, 3, 2, 12).permute(2, 0, 3, 1, 4)
+    sin, cos = ropes[1].chunk(2, -1)
+
+    def turned(x):
+        patches = x[:, :, 5:]
+        half = torch.cat([-patches[..., 6:], patches[..., :6]], -1)
+        return torch.cat([x[:, :, :5], patches * cos + half * sin], 2)
+
+    attention = torch.softmax(turned(q) @ turned(k).mT / 12**0.5, -1) @ v
+    x = sequence + state["blocks.1.ls1.gamma"] * linear(attention.transpose(1, 2).flatten(2), "attn.proj")
+    y = norm(x, "norm2")
+    if swiglu:
+        y = linear(torch.nn.functional.silu(linear(y, "mlp.w1")) * linear(y, "mlp.w2"), "mlp.w3")
+    else:
+        y = linear(torch.nn.functional.gelu(linear(y, "mlp.fc1")), "mlp.fc2")
+    assert_close(found, x + state["blocks.1.ls2.gamma"] * y, atol=2e-3, rtol=1e-4)
+
+
+def test_biases_that_a_rotary_network_does_not_have_are_left_out_only_where_they_are_zero(tmp_path):
+    arguments = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+    torch.save(dinov3_state(False, bias=0.0), tmp_path / "zero.pth")
+    with pytest.warns(UserWarning, match="mask_token"):
+        ViT("vit_small_patch16_dinov3", img_size=32, weights=f"{tmp_path}/zero.pth", arguments=arguments)
+    torch.save(dinov3_state(False, bias=1.0), tmp_path / "biased.pth")
+    with (
+        pytest.warns(UserWarning, match="mask_token"),
+        pytest.raises(UserError, match=r"2 unknown: blocks\.0\.attn\.qkv\.bias"),
+    ):
+        ViT("vit_small_patch16_dinov3", img_size=32, weights=f"{tmp_path}/biased.pth", arguments=arguments)
+
+
 def test_a_released_resnet_in_torchvisions_names_and_a_supervised_one_without_its_classifier(tmp_path):
     backbone = tiny_resnet()
     torch.save(backbone.model.state_dict(), tmp_path / "resnet.pth")
