@@ -5,6 +5,8 @@ Departs from the published code: a sample's nearest neighbour is never itself, g
 instead of that of a GPU's batch, and a centre counts every masked patch of all GPUs alike.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from lightning_modules.base import SelfDistillation, StepReport
@@ -113,15 +115,10 @@ class DINOv2(SelfDistillation):
         self.koleo_group = koleo_group
         self.momentum = momentum
 
-        def head(prototypes: int, bottleneck: int) -> PrototypeHead:
-            return PrototypeHead(
-                backbone.embed_dim,
-                prototypes,
-                hidden_dim=head_hidden_dim,
-                bottleneck_dim=bottleneck,
-                num_layers=head_layers,
-                train_gain=not norm_last_layer,
-            )
+        sizes = {"hidden_dim": head_hidden_dim, "num_layers": head_layers, "train_gain": not norm_last_layer}
+
+        def head(prototypes: int, bottleneck: int) -> Any:
+            return self.make_head(backbone.embed_dim, prototypes, bottleneck_dim=bottleneck, **sizes)
 
         patches = num_prototypes if num_patch_prototypes is None else num_patch_prototypes
         if shared_head:
@@ -132,6 +129,9 @@ class DINOv2(SelfDistillation):
         self.teacher = EMA(self.student, without=("mask_token",))
         self.center: Centering | Sinkhorn = target_by_rule(target_rule, num_prototypes, center_momentum)
         self.patch_center: Centering | Sinkhorn = target_by_rule(target_rule, patches, center_momentum)
+
+    def make_head(self, dim: int, num_prototypes: int, **sizes: Any) -> Any:
+        return PrototypeHead(dim, num_prototypes, **sizes)
 
     def targets(self, batch: Batch) -> Targets:
         masks = batch.masks["global"]
