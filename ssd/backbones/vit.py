@@ -8,6 +8,7 @@ import torch
 from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
 from timm.models.eva import Eva
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ssd.backbones.base import Backbone, create, say_padding, tap_names
 from ssd.batch import Tokens
@@ -29,6 +30,8 @@ class ViT(Backbone):
             name's own where None. Other inputs work, at the cost of resizing positions.
         drop_path_rate: share of samples whose residual branch is skipped in the last block, growing
             linearly from 0 in the first.
+        activation_checkpointing: keep each block's input alone and run the block again in the backward pass: the same
+            gradients in less memory, for a third more time.
         weights: start from "timm", "timm:TAG", an exported folder, a weights file or a checkpoint.
         rgb_channels: which channels are red, green and blue, counted from 0, where `weights` are of an RGB network and
             the pictures have more channels; null = the first three.
@@ -44,11 +47,13 @@ class ViT(Backbone):
         in_chans: int = 3,
         img_size: int | Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
+        activation_checkpointing: bool = False,
         weights: str | None = None,
         rgb_channels: list[int] | None = None,
         arguments: dict[str, Any] | None = None,
     ):
         super().__init__(name, in_chans, drop_path_rate, rgb_channels)
+        self.activation_checkpointing = activation_checkpointing
         arguments = dict(arguments or {})
         if arguments.get("patch_drop_rate"):
             raise UserError("patch_drop_rate drops patches unseen by the method. Use a method that passes `visible`.")
@@ -144,7 +149,7 @@ class ViT(Backbone):
             if f"block{number}.mlp" in wanted:
                 sequence, tapped[f"block{number}.mlp"] = block_and_mlp(block, sequence, place)
             else:
-                sequence = block(sequence, **place)
+                sequence = self.run(block, sequence, place)
             if f"block{number}" in wanted:
                 tapped[f"block{number}"] = sequence
 
@@ -157,6 +162,11 @@ class ViT(Backbone):
             registers=sequence[:, prefix - self.num_registers : prefix] if self.num_registers else None,
             taps=tapped,
         )
+
+    def run(self, block: nn.Module, sequence: Tensor, place: dict[str, Any]) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, sequence, use_reentrant=False, **place)
+        return block(sequence, **place)
 
     def embed(
         self, x: Tensor, masked: Tensor | None, mask_token: Tensor | None, visible: Tensor | None
