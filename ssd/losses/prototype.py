@@ -10,8 +10,11 @@ from torch.autograd.function import once_differentiable
 
 from ssd.batch import Scores
 
-LOGITS_AT_A_TIME = 2**23
-"""How many logits of Scores a loss holds where no chunk is named: 32 MiB in float32."""
+LOGITS_AT_A_TIME = {"cpu": 2**20, "cuda": 2**22}
+"""How many logits of Scores a loss holds where no chunk is named: what stays in a processor's cache, and what keeps a
+GPU busy for longer than its launch takes."""
+SMALLEST_CHUNK = 256
+"""Prototypes below which products are slow; so many logits are about as large as the features they come from."""
 
 
 def cross_view_cross_entropy(
@@ -21,7 +24,7 @@ def cross_view_cross_entropy(
 
     Student scores or logits (S, B, K) and probabilities (V, B, K) -> (B,), in nats. The first V student
     views are the target's own; `skip_same_view` leaves those V pairs out. Caron et al. 2021, eq. 3.
-    Of scores, no more than `chunk` rows' logits are held at a time. Targets get no gradient.
+    Of scores, logits with `chunk` prototypes are held at a time. Targets get no gradient.
 
     A target row sums to 1, so the pairs of student view s cost n_s logsumexp(z_s) - sum_v <q_v, z_s>:
     the log-normaliser of a view is computed once however many targets it meets.
@@ -43,8 +46,8 @@ def token_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of each token's assignment against the target of the same token.
 
-    Student scores or logits (U, K) and probabilities (U, K) -> (U,), in nats. Zhou et al. 2022, eq. 2. Of scores, no
-    more than `chunk` tokens' logits are held at a time. Targets get no gradient.
+    Student scores or logits (U, K) and probabilities (U, K) -> (U,), in nats. Zhou et al. 2022, eq. 2. Of scores,
+    logits with `chunk` prototypes are held at a time. Targets get no gradient.
     """
     if isinstance(student, Scores):
         # one view of the tokens on each side, and the only pair is theirs
@@ -85,10 +88,11 @@ def chunked_cross_entropy(
     """`cross_view_cross_entropy` of Scores with features (S, B, d)."""
     features, prototypes = scores.features, scores.prototypes
     if chunk is None:
-        chunk = max(1, LOGITS_AT_A_TIME // len(prototypes))
-    learns = torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
-    dtype = product_dtype(features)
-    return ChunkedCrossEntropy.apply(features, prototypes, target, temperature, skip_same_view, chunk, dtype, learns)
+        wanted = LOGITS_AT_A_TIME.get(features.device.type, 2**22)
+        chunk = max(SMALLEST_CHUNK, wanted // features.shape[:2].numel())
+    return ChunkedCrossEntropy.apply(
+        features, prototypes, target, temperature, skip_same_view, chunk, product_dtype(features)
+    )
 
 
 def product_dtype(features: Tensor) -> torch.dtype:
@@ -100,113 +104,63 @@ def product_dtype(features: Tensor) -> torch.dtype:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Features (S, B, d), prototypes (K, d), targets (V, B, K) -> (B,), with the logits of one chunk of rows at a time.
+    """Features (S, B, d), prototypes (K, d), targets (V, B, K) -> (B,), with the logits of a chunk of prototypes at a time.
 
-    With x the features over the temperature, w the prototypes, z = x w^T, P pairs in all and n_s of student view s:
+    With x the features over the temperature, w the prototypes, z = x w^T, P pairs in all, n_s of them of student view s,
+    and g the upstream gradient of a sample:
 
-        loss = 1/P sum_s (n_s logsumexp(z_s) - sum_v <q_v, z_s>)        v over the targets that s is compared with
-        dloss/dx_s = 1/P (n_s softmax(z_s) w - sum_v q_v w)
-        dloss/dw = 1/P (sum_s n_s softmax(z_s)^T x_s - sum_v q_v^T sum_s x_s)
+        loss = 1/P sum_s (n_s logsumexp(z_s) - sum_v <q_v, z_s>)         v over the targets that s is compared with
+        dx_s = g/P (n_s softmax(z_s) w - sum_v q_v w)
+        dw = sum_b g/P (sum_s n_s softmax(z_s)^T x_s - sum_v q_v^T sum_s x_s)
 
-    <q, z> is <q w, x>: a target meets the prototypes once, in d numbers, where each of its pairs would in K.
-
-    Gradients are made beside the loss, of the same softmax and for an upstream gradient of 1. That of a sum over samples
-    is one number for all of them, with which they are then multiplied. For any other, and for a second backward pass,
-    the logits are made again and their rows weighted.
+    <q, z> is <q w, x>: a target meets the prototypes once, in d numbers, where each of its pairs would in K. The forward
+    pass keeps logsumexp; the backward pass makes the logits again, which costs one product in five and less than
+    writing and reading all of them, and writes each prototype's gradient once.
     """
 
     @staticmethod
-    def forward(ctx, features, prototypes, target, temperature, skip_same_view, chunk, dtype, learns):
+    def forward(ctx, features, prototypes, target, temperature, skip_same_view, chunk, dtype):
+        views, target_views = len(features), len(target)
+        pairs = sum(pair_counts(views, target_views, skip_same_view))
         rows = (features / temperature).to(dtype)  # (S, B, d)
-        weight = prototypes.to(dtype)
-        upstream = rows.new_ones(rows.shape[1], dtype=exact(dtype)) if learns else None
+        weight, target_rows, exact = (
+            prototypes.to(dtype),
+            target.flatten(0, 1),
+            torch.promote_types(dtype, torch.float32),
+        )
+        log_normalisers, pulled = [], 0
         with torch.autocast(rows.device.type, enabled=False):
-            loss, ctx.gradients = compare(rows, weight, target, skip_same_view, chunk, upstream)
-        ctx.save_for_backward(rows, weight, target)
+            flat = rows.flatten(0, 1)
+            for part, wanted in zip(weight.split(chunk), target_rows.split(chunk, dim=1)):
+                log_normalisers.append((flat @ part.T).to(exact).logsumexp(1))
+                pulled = pulled + (wanted.to(dtype) @ part).to(exact)
+            log_normaliser = torch.stack(log_normalisers).logsumexp(0).unflatten(0, rows.shape[:2])  # (S, B)
+            pull = sum_of_met(pulled.unflatten(0, target.shape[:2]), views, skip_same_view)  # (S, B, d)
+            counts = sum_of_met(log_normaliser.new_ones(target_views, 1), views, skip_same_view)  # (S, 1)
+            loss = (counts * log_normaliser - (rows * pull).sum(-1)).sum(0) / pairs
+        ctx.save_for_backward(rows, weight, target, log_normaliser, pull, counts / pairs)
         ctx.settings = temperature, skip_same_view, chunk
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
-        rows, weight, target = ctx.saved_tensors
+        rows, weight, target, log_normaliser, pull, shares = ctx.saved_tensors
         temperature, skip_same_view, chunk = ctx.settings
-        gradients, ctx.gradients = ctx.gradients, None
+        views, target_views, dtype, exact = len(rows), len(target), rows.dtype, log_normaliser.dtype
+        pairs = sum(pair_counts(views, target_views, skip_same_view))
         with torch.autocast(rows.device.type, enabled=False):
-            if gradients is not None and (len(upstream) == 1 or upstream.stride(0) == 0):
-                # one number for all samples, which a stride of 0 says without a look at the values
-                for gradient in gradients:
-                    gradient.mul_(upstream[0])
-            else:
-                _, gradients = compare(rows, weight, target, skip_same_view, chunk, upstream)
-        of_rows, of_weight = gradients
-        return of_rows.div_(temperature), of_weight, *[None] * 6
-
-
-def exact(dtype: torch.dtype) -> torch.dtype:
-    """What softmax and sums of products of this dtype are in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def compare(
-    rows: Tensor, weight: Tensor, target: Tensor, skip_same_view: bool, chunk: int, upstream: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The loss (B,) of features over the temperature (S, B, d), and with upstream (B,) its gradients, as
-    `ChunkedCrossEntropy` writes them, to rows and weight."""
-    views, met_views, dtype = len(rows), len(target), exact(rows.dtype)
-    pairs = sum(pair_counts(views, met_views, skip_same_view))
-    counts = sum_of_met(rows.new_ones(met_views, 1, dtype=dtype), views, skip_same_view)  # (S, 1)
-    pulled = torch.cat([part.to(rows.dtype) @ weight for part in target.flatten(0, 1).split(chunk)])
-    pulled = sum_of_met(pulled.to(dtype).unflatten(0, target.shape[:2]), views, skip_same_view)  # (S, B, d)
-
-    share = None if upstream is None else upstream / pairs  # (B,)
-    row_weight = None if share is None else (counts * share).flatten()
-    log_normalisers, gradients = normalisers(rows.flatten(0, 1), weight, chunk, row_weight)
-    costs = counts * log_normalisers.unflatten(0, rows.shape[:2]) - (rows * pulled).sum(-1)  # (S, B)
-    loss = costs.sum(0) / pairs
-    if share is None or gradients is None:
-        return loss, None
-
-    of_rows, of_weight = gradients
-    of_rows = of_rows.unflatten(0, rows.shape[:2]).addcmul_(pulled, share[:, None], value=-1)
-    pushing = sum_of_met(rows * share[:, None], met_views, skip_same_view)  # (V, B, d)
-    for part, push in zip(target.flatten(0, 1).split(chunk), pushing.flatten(0, 1).split(chunk)):
-        add_product(of_weight, part.to(rows.dtype).T, -push.to(rows.dtype))
-    return loss, (of_rows, of_weight)
-
-
-def normalisers(
-    rows: Tensor, weight: Tensor, chunk: int, row_weight: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """logsumexp of each row of rows weight^T, and where rows are weighted the gradients of its weighted sum.
-
-    (R, d), (K, d) -> (R,), (R, d), (K, d).
-    """
-    if row_weight is None:
-        return torch.cat([normalise(part, weight)[0] for part in rows.split(chunk)]), None
-    of_weight = torch.zeros_like(weight, dtype=exact(weight.dtype))
-    found, of_rows = [], []
-    for part, share in zip(rows.split(chunk), row_weight[:, None].split(chunk)):
-        log_normaliser, probs = normalise(part, weight)
-        found.append(log_normaliser)
-        of_rows.append((probs @ weight).to(of_weight.dtype) * share)
-        add_product(of_weight, probs.T, (part * share).to(part.dtype))
-        del probs  # before the next are made
-    return torch.cat(found), (torch.cat(of_rows), of_weight)
-
-
-def normalise(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """logsumexp and softmax of rows weight^T, the latter in the dtype of its next product. (R,), (R, K)"""
-    logits = (rows @ weight.T).to(exact(rows.dtype))
-    highest = logits.amax(1)
-    probs = torch.softmax(logits, 1, out=logits)
-    # the likeliest prototype's probability is 1 over the sum of exponentials, which softmax keeps to itself
-    return highest - probs.amax(1).log(), probs.to(rows.dtype)
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right, whatever dtype total keeps."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
+            flat, target_rows = rows.flatten(0, 1), target.flatten(0, 1)
+            pushing = (rows * (upstream * shares)[..., None]).to(dtype).flatten(0, 1)  # (S B, d)
+            met = sum_of_met(rows * (upstream / -pairs)[:, None], target_views, skip_same_view)
+            pulling = met.to(dtype).flatten(0, 1)  # (V B, d)
+            of_rows, of_weight = 0, torch.empty_like(weight, dtype=exact)
+            columns = zip(weight.split(chunk), target_rows.split(chunk, dim=1), of_weight.split(chunk))
+            for part, wanted, gradient in columns:
+                logits = (flat @ part.T).to(exact)
+                probs = logits.sub_(log_normaliser.flatten()[:, None]).exp_().to(dtype)
+                of_rows = of_rows + (probs @ part).to(exact)
+                torch.add(probs.T @ pushing, wanted.to(dtype).T @ pulling, out=gradient)
+            of_rows = of_rows.unflatten(0, rows.shape[:2]) * shares[..., None] - pull / pairs
+            of_rows *= (upstream / temperature)[:, None]
+        return of_rows, of_weight, *[None] * 5

@@ -114,9 +114,6 @@ def test_chunked_gradients_equal_finite_differences(views, target_views, skip_sa
         return cross_view_cross_entropy(scores, target, 0.3, skip_same_view=skip_same_view, chunk=chunk)
 
     assert torch.autograd.gradcheck(loss, (features, weight))
-    # gradcheck asks one sample at a time; a sum has one upstream gradient for all, and its second backward pass sums
-    # in another order
-    assert torch.autograd.gradcheck(lambda *scores: loss(*scores).sum() / 7, (features, weight), nondet_tol=1e-12)
 
 
 def test_gradients_are_those_of_the_double_loop_whatever_is_done_with_the_losses():
@@ -132,8 +129,7 @@ def test_gradients_are_those_of_the_double_loop_whatever_is_done_with_the_losses
     expected, _ = plain(features @ weight.T, target, 0.1, True)
     found = cross_view_cross_entropy(Scores(features, weight), target, 0.1, skip_same_view=True, chunk=5)
     assert_close(found, expected)
-    # of one graph: what the first backward pass has used up is made again for the others
-    for use in [*uses.values(), *uses.values()]:
+    for use in uses.values():  # several backward passes through one graph
         for a, b in zip(
             *(torch.autograd.grad(use(x), [features, weight], retain_graph=True) for x in (found, expected))
         ):
@@ -180,10 +176,11 @@ def test_under_autocast_products_are_bfloat16_and_the_rest_is_float32():
 
 
 def test_only_a_chunk_of_logits_is_held():
-    """With 2 + 8 views at most a quarter of what the plain form holds, and no more with more views."""
-    prototypes, dim, batch, rows = 4096, 16, 32, 32
+    """With 2 + 8 views at most a quarter of what the plain form holds, and no more for more prototypes but their own
+    gradient."""
+    dim, views, batch, chunk = 16, 10, 32, 256
 
-    def peak(views, chunk):
+    def peak(prototypes, chunk):
         torch.manual_seed(0)
         features, weight = torch.randn(views, batch, dim, requires_grad=True), torch.randn(prototypes, dim)
         target = softmax(torch.randn(2, batch, prototypes), dim=-1)
@@ -198,9 +195,9 @@ def test_only_a_chunk_of_logits_is_held():
 
         return peak_bytes(work)
 
-    buffer, gradient = 4 * rows * prototypes, 4 * prototypes * dim
-    assert buffer < peak(10, rows) < 1.2 * (buffer + gradient)
-    assert peak(20, rows) < 1.1 * peak(10, rows)  # features and their gradients do double
-    assert peak(10, rows) < peak(10, None) / 4
-    # it would be seen: with a chunk of everything the logits of all views are held
-    assert peak(10, 10 * batch) > 10 * batch * prototypes * 4
+    logits = 4 * views * batch * chunk
+    few, many = (peak(prototypes, chunk) - 4 * prototypes * dim for prototypes in (4096, 8192))
+    assert many < 1.01 * few < 2 * logits
+    assert peak(4096, chunk) < peak(4096, None) / 4
+    # it would be seen: with a chunk of everything the logits of all prototypes are held
+    assert peak(4096, 4096) > 4 * views * batch * 4096
