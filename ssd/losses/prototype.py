@@ -4,11 +4,14 @@ Given as Scores, the student's logits are never held all at once: with K = 65,53
 are the largest tensors of a step.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssd.batch import Scores
+from ssd.precision import product_dtype, sum_dtype
 
 LOGITS_AT_A_TIME = {"cpu": 2**20, "cuda": 2**22}
 """How many logits of Scores a loss holds where no chunk is named: what stays in a processor's cache, and what keeps a
@@ -95,14 +98,6 @@ def chunked_cross_entropy(
     )
 
 
-def product_dtype(features: Tensor) -> torch.dtype:
-    """What autocast would multiply in, except float16, where a probability of 1 / K has lost most of its digits."""
-    dtype, kind = features.dtype, features.device.type
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Features (S, B, d), prototypes (K, d), targets (V, B, K) -> (B,), with the logits of a chunk of prototypes at a time.
 
@@ -123,44 +118,53 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         views, target_views = len(features), len(target)
         pairs = sum(pair_counts(views, target_views, skip_same_view))
         rows = (features / temperature).to(dtype)  # (S, B, d)
-        weight, target_rows, exact = (
-            prototypes.to(dtype),
-            target.flatten(0, 1),
-            torch.promote_types(dtype, torch.float32),
-        )
-        log_normalisers, pulled = [], 0
+        weight, target_rows = prototypes.to(dtype), target.flatten(0, 1)
+        log_normalisers = []
+        pulled = rows.new_zeros(*target.shape[:2], rows.shape[2], dtype=sum_dtype(dtype))
         with torch.autocast(rows.device.type, enabled=False):
-            flat = rows.flatten(0, 1)
-            for part, wanted in zip(weight.split(chunk), target_rows.split(chunk, dim=1)):
-                log_normalisers.append((flat @ part.T).to(exact).logsumexp(1))
-                pulled = pulled + (wanted.to(dtype) @ part).to(exact)
+            for place, logits, _ in logits_in_turn(rows.flatten(0, 1), weight, chunk):
+                highest = logits.amax(1)
+                log_normalisers.append(logits.sub_(highest[:, None]).exp_().sum(1).log_().add_(highest))
+                pulled.flatten(0, 1).add_(target_rows[:, place].to(dtype) @ weight[place])
             log_normaliser = torch.stack(log_normalisers).logsumexp(0).unflatten(0, rows.shape[:2])  # (S, B)
-            pull = sum_of_met(pulled.unflatten(0, target.shape[:2]), views, skip_same_view)  # (S, B, d)
+            pull = sum_of_met(pulled, views, skip_same_view)  # (S, B, d)
             counts = sum_of_met(log_normaliser.new_ones(target_views, 1), views, skip_same_view)  # (S, 1)
             loss = (counts * log_normaliser - (rows * pull).sum(-1)).sum(0) / pairs
         ctx.save_for_backward(rows, weight, target, log_normaliser, pull, counts / pairs)
-        ctx.settings = temperature, skip_same_view, chunk
+        ctx.settings = temperature, skip_same_view, chunk, pairs
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         rows, weight, target, log_normaliser, pull, shares = ctx.saved_tensors
-        temperature, skip_same_view, chunk = ctx.settings
-        views, target_views, dtype, exact = len(rows), len(target), rows.dtype, log_normaliser.dtype
-        pairs = sum(pair_counts(views, target_views, skip_same_view))
+        temperature, skip_same_view, chunk, pairs = ctx.settings
+        dtype, target_rows = rows.dtype, target.flatten(0, 1)
+        of_rows, of_weight = torch.zeros_like(pull), torch.empty_like(weight)
         with torch.autocast(rows.device.type, enabled=False):
-            flat, target_rows = rows.flatten(0, 1), target.flatten(0, 1)
             pushing = (rows * (upstream * shares)[..., None]).to(dtype).flatten(0, 1)  # (S B, d)
-            met = sum_of_met(rows * (upstream / -pairs)[:, None], target_views, skip_same_view)
+            met = sum_of_met(rows * (upstream / -pairs)[:, None], len(target), skip_same_view)
             pulling = met.to(dtype).flatten(0, 1)  # (V B, d)
-            of_rows, of_weight = 0, torch.empty_like(weight, dtype=exact)
-            columns = zip(weight.split(chunk), target_rows.split(chunk, dim=1), of_weight.split(chunk))
-            for part, wanted, gradient in columns:
-                logits = (flat @ part.T).to(exact)
-                probs = logits.sub_(log_normaliser.flatten()[:, None]).exp_().to(dtype)
-                of_rows = of_rows + (probs @ part).to(exact)
-                torch.add(probs.T @ pushing, wanted.to(dtype).T @ pulling, out=gradient)
-            of_rows = of_rows.unflatten(0, rows.shape[:2]) * shares[..., None] - pull / pairs
-            of_rows *= (upstream / temperature)[:, None]
+            for place, logits, room in logits_in_turn(rows.flatten(0, 1), weight, chunk):
+                probs = room.copy_(logits.sub_(log_normaliser.flatten()[:, None]).exp_())
+                of_rows.flatten(0, 1).add_(probs @ weight[place])
+                torch.mm(probs.T, pushing, out=of_weight[place])
+                of_weight[place].addmm_(target_rows[:, place].to(dtype).T, pulling)
+            of_rows = (
+                of_rows.mul_(shares[..., None]).sub_(pull, alpha=1 / pairs).mul_((upstream / temperature)[:, None])
+            )
         return of_rows, of_weight, *[None] * 5
+
+
+def logits_in_turn(rows: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """rows (R, d) times a chunk of weight (K, d) after the other: where in K it lies, its logits (R, chunk) for sums, and
+    room for as many numbers in the dtype of products. Both are written over by the next chunk: memory that is taken
+    anew for each chunk costs more than what is computed in it."""
+    products = rows.new_empty(len(rows) * min(chunk, len(weight)))
+    sums = products.to(sum_dtype(rows.dtype))
+    for first in range(0, len(weight), chunk):
+        part = weight[first : first + chunk]
+        count = len(rows) * len(part)
+        room, logits = (space[:count].view(len(rows), len(part)) for space in (products, sums))
+        torch.mm(rows, part.T, out=room)
+        yield slice(first, first + chunk), logits.copy_(room), room

@@ -197,7 +197,7 @@ def test_only_a_chunk_of_logits_is_held():
 
     logits = 4 * views * batch * chunk
     few, many = (peak(prototypes, chunk) - 4 * prototypes * dim for prototypes in (4096, 8192))
-    assert many < 1.01 * few < 2 * logits
+    assert many < 1.05 * few < 2.5 * logits
     assert peak(4096, chunk) < peak(4096, None) / 4
     # it would be seen: with a chunk of everything the logits of all prototypes are held
     assert peak(4096, 4096) > 4 * views * batch * 4096
