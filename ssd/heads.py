@@ -12,7 +12,6 @@ from ssd.batch import Scores
 from ssd.errors import UserError
 from ssd.precision import product_dtype
 
-
 ROWS_AT_A_TIME = 2048
 """Of a K x d weight on a CPU: what is read, computed and written of so many stays in cache."""
 
