@@ -266,7 +266,8 @@ def compare_losses(rounds: int, batch: int, prototypes: int, half: bool, device:
     """The loss of 2 + 8 views from features and prototypes, with gradients, beside one over stacked logits; also in MiB."""
     generator = torch.Generator().manual_seed(0)
     features = F.normalize(torch.randn(10, batch, 256, generator=generator), dim=-1).to(device).requires_grad_()
-    weight = F.normalize(torch.randn(prototypes, 256, generator=generator), dim=-1).to(device).requires_grad_()
+    weight = F.normalize(torch.randn(prototypes, 256, generator=generator), dim=-1).to(device)
+    weight = weight.to(torch.bfloat16 if half else torch.float32).requires_grad_()  # as heads give them
     target = torch.softmax(torch.randn(2, batch, prototypes, generator=generator) / 0.5, dim=-1).to(device)
 
     def plain() -> None:
