@@ -190,19 +190,17 @@ def compare_settings(case: Case, rounds: int, compiled: bool) -> list[Pair]:
         cases.append(("compile, bf16", lambda: Ours(half, compiled=True), lambda: Ours(half)))
     if case.device == "cpu":
         cases.append(("plain attention, bf16", lambda: Ours(half), lambda: with_fused_attention(Ours(half))))
-    return [
-        compare(
-            f"setting: {name}, {case.name()}",
-            with_it(),
-            without(),
-            count=case.batch,
-            rounds=rounds,
-            unit="images/s",
-            against="without",
-            clock=clock(),
+    pairs = []
+    for setting, build_with, build_without in cases:
+        name = f"setting: {setting}, {case.name()}"
+        sides = build_with(), build_without()
+        pairs.append(
+            compare(name, *sides, count=case.batch, rounds=rounds, unit="images/s", against="without", clock=clock())
         )
-        for name, with_it, without in cases
-    ]
+        mine, others = (peak_bytes(side, case.device) / 2**20 for side in sides)
+        ratio = mine / others
+        pairs.append(Pair(f"{name}: memory of a step", "without", mine, others, ratio, ratio, ratio, "MiB"))
+    return pairs
 
 
 def with_fused_attention(ours: Ours) -> Ours:
@@ -427,7 +425,8 @@ def measure(part: str, case: Case, counts: Sequence[int], large: str, rounds: in
         few = min(rounds, 3)  # it hardly varies
         return [pair for count in counts for pair in compare_processes(replace(case, prototypes=count), few)]
     if part == "loss":
-        return [pair for half in (False, True) for pair in compare_losses(rounds, case.batch, max(counts), half)]
+        of_a_gpu = 2 * case.batch  # 64, the published share of one
+        return [pair for half in (False, True) for pair in compare_losses(rounds, of_a_gpu, max(counts), half)]
     if part == "ema":
         return [compare_ema(rounds, large, {}, max(counts))]
     if part == "packed":

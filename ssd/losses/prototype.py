@@ -92,7 +92,7 @@ def chunked_cross_entropy(
     features, prototypes = scores.features, scores.prototypes
     if chunk is None:
         wanted = LOGITS_AT_A_TIME.get(features.device.type, 2**22)
-        chunk = max(SMALLEST_CHUNK, wanted // features.shape[:2].numel())
+        chunk = max(SMALLEST_CHUNK, wanted // max(1, features.shape[:2].numel()))
     return ChunkedCrossEntropy.apply(
         features, prototypes, target, temperature, skip_same_view, chunk, product_dtype(features)
     )
@@ -109,8 +109,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dw = sum_b g/P (sum_s n_s softmax(z_s)^T x_s - sum_v q_v^T sum_s x_s)
 
     <q, z> is <q w, x>: a target meets the prototypes once, in d numbers, where each of its pairs would in K. The forward
-    pass keeps logsumexp; the backward pass makes the logits again, which costs one product in five and less than
-    writing and reading all of them, and writes each prototype's gradient once.
+    pass keeps logsumexp; the backward pass makes the logits again. That is one product in five, for which nothing
+    that is K wide is kept and each prototype's gradient is written once, with any upstream gradient.
     """
 
     @staticmethod
