@@ -21,6 +21,7 @@ from ssd.batch import Batch, Scores
 from ssd.benchmarks.memory import peak_bytes
 from ssd.benchmarks.packed import packed_pass
 from ssd.benchmarks.paired import Pair, compare
+from ssd.errors import UserError
 from ssd.heads import Branch, PrototypeHead
 from ssd.losses.prototype import cross_view_cross_entropy
 from ssd.optim import parameter_groups
@@ -29,6 +30,7 @@ from ssd.teachers import EMA
 from ssd.views.recipes import DINOViews
 
 LR, MOMENTUM, WEIGHT_DECAY = 5e-4, 0.996, 0.04
+STATUS = Path("/proc/self/status")
 BF16_FLOPS_PER_S = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """What makers write of dense bf16 products, by a part of the device's name."""
 
@@ -298,6 +300,8 @@ def compare_losses(rounds: int, batch: int, prototypes: int, half: bool, device:
 
 def compare_processes(case: Case, rounds: int) -> list[Pair]:
     """High-water mark above the imports of a fresh process that takes three steps, MiB: less is better."""
+    if not STATUS.exists():
+        raise UserError(f"--parts memory reads {STATUS}, which Linux alone has. Name the other parts.")
     theirs, pairs = [process_mib("lightly", replace(case, half=False)) for _ in range(rounds)], []
     for half in (False, True):
         ours = [process_mib("ours", replace(case, half=half)) for _ in range(rounds)]
@@ -331,7 +335,7 @@ def measure_this_process(spec: dict[str, Any]) -> float:
 
 
 def status_mib(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = STATUS.read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
