@@ -35,7 +35,7 @@ OWN_VERBS = {
     "export": "write the backbone for timm or as safetensors, and prove it",
     "methods": "list the methods with their papers and configs",
     "verify": "prove on this machine that resume is exact",
-    "bench": "measure on this machine how fast views are made, beside other libraries",
+    "bench": "measure on this machine how fast views are made and steps taken, beside other libraries",
     "quickstart": "pretrain on the bundled digits and compare with pixels and an untrained network",
 }
 USAGE = """\

@@ -10,28 +10,45 @@ from torch.nn import functional as F
 from ssd.backbones.base import Backbone
 from ssd.batch import Scores
 from ssd.errors import UserError
+from ssd.precision import product_dtype
+
+ROWS_AT_A_TIME = 2048
+"""Of a K x d weight on a CPU: what is read, computed and written of so many stays in cache."""
 
 
 class WeightNorm(torch.autograd.Function):
-    """Row k of v at unit length, times gain g_k: exact, in two passes over the K x d weight each way.
+    """Row k of v at unit length, times gain g_k: exact, reading v once each way.
 
-    v (K, d), g (K, 1) -> (K, d). With u = v / |v|: dL/dg = <dw, u> and dL/dv = g / |v| (dw - <dw, u> u)
-    (Salimans and Kingma 2016, eq. 3). Autograd through a division by the norm costs several times more.
+    v (K, d), g (K, 1) -> (K, d) in `dtype`. With u = v / |v|: dL/dg = <dw, u> and dL/dv = g / |v| (dw - <dw, u> u)
+    (Salimans and Kingma 2016, eq. 3). Autograd through a division by the norm costs several times more, and so does
+    every further K x d tensor that is taken from memory and given back.
     """
 
     @staticmethod
-    def forward(ctx, direction: Tensor, gain: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+    def forward(ctx, direction: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+        norm = torch.empty_like(gain)
+        weight = torch.empty_like(direction, dtype=dtype)
+        for rows in rows_in_turn(direction):
+            torch.linalg.vector_norm(direction[rows], dim=1, keepdim=True, out=norm[rows])
+            weight[rows] = direction[rows] * (gain[rows] / norm[rows])
         ctx.save_for_backward(direction, gain, norm)
-        return direction * (gain / norm)
+        return weight
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         direction, gain, norm = ctx.saved_tensors
-        along = torch.linalg.vecdot(grad, direction).unsqueeze(1) / norm
-        grad_direction = torch.addcmul(grad, direction, along / norm, value=-1).mul_(gain / norm)
-        return grad_direction, along if ctx.needs_input_grad[1] else None
+        of_direction, of_gain = torch.empty_like(direction), torch.empty_like(gain)
+        for rows in rows_in_turn(direction):
+            part, unit = grad[rows].to(direction.dtype), direction[rows] / norm[rows]
+            along = of_gain[rows] = torch.linalg.vecdot(part, unit).unsqueeze(1)
+            torch.addcmul(part, unit, along, value=-1, out=of_direction[rows]).mul_(gain[rows] / norm[rows])
+        return of_direction, of_gain if ctx.needs_input_grad[1] else None, None
+
+
+def rows_in_turn(weight: Tensor) -> list[slice]:
+    at_a_time = ROWS_AT_A_TIME if weight.device.type == "cpu" else len(weight)
+    return [slice(first, first + at_a_time) for first in range(0, len(weight), at_a_time)]
 
 
 class Prototypes(nn.Module):
@@ -49,8 +66,8 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=train_gain)
 
     def forward(self) -> Tensor:
-        """(K, d), rows of length g_k."""
-        return WeightNorm.apply(self.weight_v, self.weight_g)
+        """(K, d), rows of length g_k, in the dtype that they will be multiplied in."""
+        return WeightNorm.apply(self.weight_v, self.weight_g, product_dtype(self.weight_v))
 
 
 class PlainPrototypes(nn.Module):

@@ -34,7 +34,7 @@ class Centering(nn.Module):
 
     def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
         """(..., K) -> (..., K) distributions. Rows do not meet, so padding needs no mark: `valid` is what Sinkhorn needs."""
-        return torch.softmax((logits.float() - self.center) / temperature, dim=-1)
+        return torch.softmax((logits.float() - self.center).div_(temperature), dim=-1)
 
     @torch.no_grad()
     def update(self, logits: Tensor | Scores, valid: Tensor | None = None) -> None:

@@ -24,7 +24,7 @@ def test_prototypes_are_torch_weight_norm_and_so_are_their_gradients():
 
 def test_weight_norm_gradients_equal_finite_differences():
     ours = Prototypes(3, 4, train_gain=True).double()
-    assert torch.autograd.gradcheck(WeightNorm.apply, (ours.weight_v, ours.weight_g))
+    assert torch.autograd.gradcheck(WeightNorm.apply, (ours.weight_v, ours.weight_g, torch.float64))
 
 
 def test_with_gains_held_at_one_logits_are_cosines():
@@ -77,3 +77,25 @@ def test_a_branch_answers_views_in_their_order_with_one_pass_a_size():
 def test_no_prototypes_is_refused():
     with pytest.raises(UserError, match="num_prototypes: 0"):
         PrototypeHead(8, 0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_prototypes_are_made_block_by_block_and_come_in_the_dtype_of_products(monkeypatch, dtype, tolerance):
+    ours = Prototypes(8, 32, train_gain=True)
+    whole = ours().detach()
+    (ours() * torch.arange(8)).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in ours.parameters()]
+    ours.zero_grad()
+    monkeypatch.setattr("ssd.heads.ROWS_AT_A_TIME", 5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        prototypes = ours()
+    assert prototypes.dtype == dtype
+    assert_close(prototypes.float(), whole, atol=tolerance, rtol=0)
+    (prototypes * torch.arange(8)).sum().backward()
+    for parameter, gradient in zip(ours.parameters(), gradients):
+        assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_under_float16_prototypes_keep_their_digits():
+    with torch.autocast("cpu", torch.float16):
+        assert Prototypes(8, 32)().dtype == torch.float32

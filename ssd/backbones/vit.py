@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.models.eva import Eva
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ssd.backbones.base import Backbone, create, say_padding, tap_names
 from ssd.backbones.drop_path import set_drop_path
@@ -30,6 +31,8 @@ class ViT(Backbone):
         drop_path_rate: share of samples whose residual branch is skipped, in the last block at least.
         drop_path_rule: "linear": the share grows from 0 in the first block; "uniform": it is the same in all; "subset":
             the same, and what is skipped is not computed (DINOv2), which saves its time and memory.
+        activation_checkpointing: keep each block's input alone and run the block again in the backward pass: the same
+            gradients in less memory, for a third more time.
         weights: start from "timm", "timm:TAG", an exported folder, a weights file or a checkpoint.
         rgb_channels: which channels are red, green and blue, counted from 0, where `weights` are of an RGB network and
             the pictures have more channels; null = the first three.
@@ -46,11 +49,13 @@ class ViT(Backbone):
         img_size: int | Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         drop_path_rule: str = "linear",
+        activation_checkpointing: bool = False,
         weights: str | None = None,
         rgb_channels: list[int] | None = None,
         arguments: dict[str, Any] | None = None,
     ):
         super().__init__(name, in_chans, drop_path_rate, rgb_channels)
+        self.activation_checkpointing = activation_checkpointing
         arguments = dict(arguments or {})
         if arguments.get("patch_drop_rate"):
             raise UserError("patch_drop_rate drops patches unseen by the method. Use a method that passes `visible`.")
@@ -145,7 +150,7 @@ class ViT(Backbone):
             if f"block{number}.mlp" in wanted:
                 sequence, tapped[f"block{number}.mlp"] = block_and_mlp(block, sequence, place)
             else:
-                sequence = block(sequence, **place)
+                sequence = self.run(block, sequence, place)
             if f"block{number}" in wanted:
                 tapped[f"block{number}"] = sequence
 
@@ -158,6 +163,11 @@ class ViT(Backbone):
             registers=sequence[:, prefix - self.num_registers : prefix] if self.num_registers else None,
             taps=tapped,
         )
+
+    def run(self, block: nn.Module, sequence: Tensor, place: dict[str, Any]) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, sequence, use_reentrant=False, **place)
+        return block(sequence, **place)
 
     def embed(
         self, x: Tensor, masked: Tensor | None, mask_token: Tensor | None, visible: Tensor | None

@@ -1,25 +1,42 @@
-"""`ssd bench data`: how fast this machine makes views, ours beside others' in one run."""
+"""`ssd bench data` and `ssd bench step`: how fast this machine makes views and trains, ours beside others' in one run."""
 
 import platform
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.table import Table
 
-from ssd.benchmarks.paired import pairs_table
+from ssd.benchmarks.paired import Pair, pairs_table
 from ssd.data.dataset import start_worker
 from ssd.errors import UserError
 from ssd.native import views as native
 from ssd.summary import check_json, console, write_json
-from ssd.verbs.arguments import Parser
+from ssd.verbs.arguments import Parser, at_least_one
+
+EPILOG = "Both sides in turn; medians, and the lowest and highest of the ratios of each turn."
 
 
 def run(argv: list[str]) -> int:
+    benchmarks: dict[str, Callable[[list[str]], int]] = {"data": run_data, "step": run_step}
     parser = Parser(
         prog="ssd bench",
-        description="data: views of JPEG files in memory, one core and one thread, ours beside lightly's DINO transform "
-        "and one made of torchvision's. Both sides in turn; medians and spread of the ratios of each turn.",
+        description="Measures this machine, ours beside others' doing the same work. data: views of JPEG files. step: a "
+        "training step. ssd bench data --help and ssd bench step --help list what each takes.",
+        epilog=EPILOG,
     )
-    parser.add_argument("what", choices=["data"], metavar="data", help="what to measure")
+    parser.add_argument("what", choices=list(benchmarks), metavar="data|step", help="what to measure")
+    what = parser.parse_args(argv[:1]).what
+    return benchmarks[what](argv[1:])
+
+
+def run_data(argv: list[str]) -> int:
+    parser = Parser(
+        prog="ssd bench data",
+        description="Views of JPEG files in memory, one core and one thread, ours beside lightly's DINO transform and one "
+        "made of torchvision's.",
+        epilog=EPILOG,
+    )
     parser.add_argument("--rounds", type=int, default=7, help="times that each pair runs")
     parser.add_argument("--pictures", type=int, default=32, help="pictures in each run of a pair")
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
@@ -57,4 +74,51 @@ def run(argv: list[str]) -> int:
         out.print(f"colours of 64 pictures on {torch.cuda.get_device_name()}: {time_ms:.2f} ms")
         stage_rows.append({"case": "stage: colours of 64 on the device", "ours": time_ms, "unit": "ms", **nothing})
     write_json(arguments.json, [pair.row() for pair in (*pairs, masks)] + stage_rows)
+    return 0
+
+
+def run_step(argv: list[str]) -> int:
+    from ssd.benchmarks.step import PARTS, Case, compare_on_gpu, measure
+
+    parser = Parser(
+        prog="ssd bench step",
+        description="A training step of DINO, ours beside lightly's building blocks on the same timm backbone and the same "
+        "pictures: one forward pass per view, float32, its head, loss and momentum update, as its example does it. Parts: "
+        + "; ".join(f"{part}, {what}" for part, what in PARTS.items())
+        + ". Rows of memory are in MiB, where a ratio below 1 is the better one. With a GPU also a ViT-S of 2x224 + 8x96 in "
+        "bf16: images/s, model-flops utilisation, the largest batch that fits.",
+        epilog=EPILOG + " One thread is timed in processor time, more by the wall, for which nothing else should run.",
+    )
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what to measure; all")
+    parser.add_argument("--rounds", type=at_least_one, default=7, help="times that each pair runs")
+    parser.add_argument("--threads", type=at_least_one, default=2, help="of torch, on both sides")
+    parser.add_argument("--network", default="vit_tiny_patch16_224", help="timm's name of the ViT that is trained")
+    parser.add_argument("--large", default="vit_base_patch16_224", help="that of the ViT whose average is kept up")
+    parser.add_argument("--batch", type=at_least_one, default=32, help="pictures in a step")
+    parser.add_argument("--prototypes", type=at_least_one, nargs="+", default=[4096, 65_536], help="K, one or more")
+    parser.add_argument("--compile", action="store_true", help="also what torch.compile does; minutes on a CPU")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
+    arguments = parser.parse_args(argv)
+    check_json(arguments.json)
+
+    out, case = console(), Case(arguments.network, batch=arguments.batch)
+    case.backbone()  # refuses a name that is no ViT's before anything is spent
+    threads = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    pairs: list[Pair] = []
+    facts: list[dict[str, Any]] = []
+    try:
+        for part in arguments.parts:
+            out.print(f"{part}: {PARTS[part]}")
+            pairs += measure(part, case, arguments.prototypes, arguments.large, arguments.rounds, arguments.compile)
+    finally:
+        torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        gpu_pairs, facts = compare_on_gpu(arguments.rounds)
+        pairs += gpu_pairs
+    timed = "processor time of one thread" if arguments.threads == 1 else f"{arguments.threads} threads"
+    out.print(pairs_table(pairs, f"DINO's step, {timed} on {platform.machine()}, torch {torch.__version__}"))
+    for fact in facts:
+        out.print(f"{fact['case']}: {fact['ours']:.1%} {fact['unit']}")
+    write_json(arguments.json, [pair.row() for pair in pairs] + facts)
     return 0

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from ssd.backbones.base import set_drop_path_zero
 from ssd.backbones.vit import ViT
+from ssd.benchmarks.memory import peak_bytes
 from ssd.errors import UserError
 from ssd.record import build, describe
 
@@ -265,6 +266,26 @@ def test_bfloat16_on_the_cpu_uses_plain_attention_and_float32_the_fused_one(monk
         backbone.to(torch.bfloat16)(x.bfloat16())
         assert len(calls) == 6
         calls.clear()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_rope_mixed_224"])
+def test_activation_checkpointing_gives_the_same_gradients_in_less_memory(name):
+    plain = vit(name, drop_path_rate=0.5).train()
+    saving = vit(name, drop_path_rate=0.5, activation_checkpointing=True).train()
+    saving.load_state_dict(plain.state_dict())
+    x = pictures(plain, batch=8)
+
+    def pass_through(backbone):
+        torch.manual_seed(2)  # of drop path: the same samples skip the same blocks, also when a block runs again
+        tokens = backbone(x, taps=(2, "block3.mlp"))
+        (tokens.patches.square().sum() + tokens.taps["block2"].sum() + tokens.taps["block3.mlp"].sum()).backward()
+
+    peaks = [peak_bytes(lambda backbone=backbone: pass_through(backbone)) for backbone in (plain, saving)]
+    for (key, one), other in zip(plain.named_parameters(), saving.parameters()):
+        assert_close(one.grad, other.grad, msg=lambda text, key=key: f"{key}: {text}")
+    assert peaks[1] < 0.8 * peaks[0]
+    with torch.no_grad():
+        assert_close(saving.eval()(x).patches, plain.eval()(x).patches)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])

@@ -4,10 +4,17 @@ import json
 
 import pytest
 import torch
+from torch import nn
+from torch.testing import assert_close
 
 from ssd.benchmarks import data as benchmark
+from ssd.benchmarks.memory import peak_bytes
+from ssd.benchmarks.packed import packed_pass
 from ssd.benchmarks.paired import compare
+from ssd.benchmarks.step import PARTS, Case, Lightlys, Ours
 from ssd.cli import main
+
+TINY = Case("test_vit", batch=2, prototypes=32)
 
 
 def test_bench_data_prints_and_writes_every_pair(tmp_path, capsys):
@@ -59,3 +66,80 @@ def test_ratios_are_those_of_each_round():
     pair = compare("case", work, work, count=8, rounds=3, unit="x/s", clock=clock)
     assert (pair.ratio, pair.low, pair.high) == (2.0, 1.0, 4.0)
     assert (pair.ours, pair.baseline) == (8.0, 4.0)
+
+
+SMALL = ["--network", "test_vit", "--large", "test_vit", "--batch", "2", "--prototypes", "32", "--threads", "1"]
+
+
+def rows_of_step(parts, folder):
+    file = str(folder / "rows.json")
+    assert main(["bench", "step", *SMALL, "--rounds", "1", "--json", file, "--parts", *parts]) == 0
+    rows = json.loads((folder / "rows.json").read_text())
+    for row in rows:
+        assert row["low"] <= row["ratio"] <= row["high"] and row["ours"] > 0 and row["baseline"] > 0
+    return rows
+
+
+def test_bench_step_prints_and_writes_every_part(tmp_path, capsys):
+    begins = {"steps": "step", "loss": "loss", "ema": "EMA", "packed": "packed", "settings": "setting"}
+    assert set(begins) | {"memory"} == set(PARTS)
+    rows = rows_of_step(begins, tmp_path)
+    for begin in begins.values():
+        assert any(row["case"].startswith(begin) for row in rows)
+    assert "lowest to highest" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_bench_step_measures_processes_of_their_own(tmp_path):
+    rows = rows_of_step(["memory"], tmp_path)
+    assert [row["unit"] for row in rows] == ["MiB", "MiB"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--parts", "everything"], "--parts"),
+        (["--rounds", "0"], "--rounds"),
+        (["--prototypes", "many"], "--prototypes"),
+        (["--network", "resnet50"], "not a vision transformer"),
+        (["--json", "/dev/null/rows.json"], "--json"),
+    ],
+)
+def test_bench_step_says_what_is_wrong_before_it_measures(options, message, capsys):
+    assert main(["bench", "step", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_both_sides_take_the_same_step():
+    """From the same weights the same loss, and after a step again."""
+    ours, theirs = Ours(TINY), Lightlys(TINY)
+    backbone, head = theirs.student
+    for network in (ours.module.student, ours.module.teacher.network):
+        network.backbone.model.load_state_dict(backbone.state_dict())
+        linears = zip(
+            *([m for m in mlp.modules() if isinstance(m, nn.Linear)] for mlp in (network.head.mlp, head.layers))
+        )
+        for mine, lightlys in linears:
+            mine.load_state_dict(lightlys.state_dict())
+        network.head.last_layer.load_state_dict(head.last_layer.state_dict())
+    ours.module.weight_decay, ours.module.clip = 0.0, None  # which parameters decay differs
+    theirs.optimizer.param_groups[0]["weight_decay"] = 0.0
+    for _ in range(2):
+        ours()
+        assert_close(torch.tensor(ours.module.last_report.total), theirs(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_packed_pass_answers_what_one_pass_for_each_size_does(half):
+    backbone, views = TINY.backbone().eval(), TINY.views()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        packed = packed_pass(backbone, [kind.flatten(0, 1) for kind in views.values()])
+        alone = torch.cat([backbone(kind.flatten(0, 1)).pooled() for kind in views.values()])
+    assert_close(packed, alone, **({"rtol": 0.05, "atol": 0.05} if half else {"rtol": 1e-4, "atol": 1e-5}))
+
+
+def test_peak_bytes_counts_what_lives_at_once():
+    kept = torch.zeros(1000)
+    assert peak_bytes(lambda: [torch.zeros(1000) for _ in range(3)]) == 12_000
+    assert 4_000 <= peak_bytes(lambda: [torch.zeros(1000).sum() for _ in range(3)]) < 5_000
+    assert peak_bytes(lambda: kept.view(10, 100)) == 0
