@@ -52,7 +52,8 @@ def check(case: Case, expected: Values, device: torch.device) -> dict[str, Any]:
     try:
         found = {name: digest(tensor) for name, tensor in case.compute(device).items()}
     except Exception as error:  # one broken part must not hide what the others are
-        difference, worst = math.inf, f"{type(error).__name__}: {error}"
+        first_line = str(error).partition("\n")[0]
+        difference, worst = math.inf, f"{type(error).__name__}: {first_line}"
     else:
         difference, worst = furthest(found, expected)
     return {

@@ -248,20 +248,21 @@ def clipping(device: torch.device) -> Outputs:
 
 
 def optimisers(device: torch.device) -> Outputs:
-    """Three steps of each rule on a matrix that decays and a vector that does not."""
+    """Three steps of each rule on a matrix that decays, a vector that does not, and one whose gradients are as small as
+    what Adam adds to them."""
     rules: dict[str, OptimizerRule] = {"AdamW": AdamW(), "SGD": SGD(), "LARS": LARS(trust_coefficient=0.1)}
+    shapes = {"matrix": (3, 2), "vector": (4,), "faint vector": (4,)}
     values: Outputs = {}
     for name, rule in rules.items():
-        matrix = nn.Parameter(numbers("matrix", 3, 2).to(device))
-        vector = nn.Parameter(numbers("vector", 4).to(device))
-        (optimizer,) = [rule.build([{"params": [matrix]}, {"params": [vector]}])]
+        parameters = {part: nn.Parameter(numbers(part, *shape).to(device)) for part, shape in shapes.items()}
+        optimizer = rule.build([{"params": [parameter]} for parameter in parameters.values()])
         for step in range(3):
-            matrix.grad = numbers(f"gradient of the matrix {step}", 3, 2).to(device)
-            vector.grad = numbers(f"gradient of the vector {step}", 4).to(device)
-            for group, decay in zip(optimizer.param_groups, (0.3, 0.0), strict=True):
-                group["lr"], group["weight_decay"] = 0.1, decay
+            for group, (part, parameter) in zip(optimizer.param_groups, parameters.items(), strict=True):
+                size = 1e-7 if part == "faint vector" else 1.0
+                parameter.grad = size * numbers(f"gradient of the {part} {step}", *parameter.shape).to(device)
+                group["lr"], group["weight_decay"] = 0.1, 0.3 if part == "matrix" else 0.0
             optimizer.step()
-        values |= {f"{name}, matrix": matrix, f"{name}, vector": vector}
+        values |= {f"{name}, {part}": parameter for part, parameter in parameters.items()}
     return values
 
 

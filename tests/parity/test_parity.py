@@ -10,7 +10,7 @@ import lightning_modules.dino
 import ssd.losses.prototype
 from lightning_modules.dinov3 import DINOv3
 from ssd.masking.recipes import BlockMasks
-from ssd.optim import LARS, Clip
+from ssd.optim import LARS, AdamW, Clip
 from ssd.parity.cases import CASES
 from ssd.parity.compare import Case, check, furthest, recorded
 from ssd.parity.inputs import SHORT, digest, fill, masks, numbers, without_key_bias
@@ -100,6 +100,10 @@ def no_trust(monkeypatch):
     monkeypatch.setattr(LARS, "build", lambda self, groups: build(LARS(trust_coefficient=0.101), groups))
 
 
+def other_epsilon(monkeypatch):
+    monkeypatch.setattr(AdamW.__init__, "__defaults__", ((0.9, 0.999), 2e-8))
+
+
 METHODS = [name for name in BY_NAME if name.endswith("20 steps")]
 FAULTS = [
     (momentum_off, {"teacher average"} | set(METHODS) - {"RandomTeacher, 20 steps"}),
@@ -118,6 +122,7 @@ FAULTS = [
     (clip_too_late, {"clipping"} | set(METHODS) - {"RandomTeacher, 20 steps"}),
     (anchored_once, {"DINOv3 with Gram, 20 steps"}),
     (no_trust, {"optimisers"}),
+    (other_epsilon, {"optimisers"}),
 ]
 
 
@@ -158,7 +163,7 @@ def test_an_output_that_one_side_lacks_is_named():
 
 def test_what_cannot_be_computed_differs_and_says_why():
     def broken(device):
-        raise RuntimeError("no such kernel")
+        raise RuntimeError("no such kernel\nand a long story")
 
     found = check(Case("broken", 1.0, broken), {"x": [0.0]}, CPU)
     assert (found["ok"], found["difference"], found["worst"]) == (False, None, "RuntimeError: no such kernel")
