@@ -34,7 +34,7 @@ OWN_VERBS = {
     "manifest": "write a table of a data set's files: labels, groups, sizes, lengths",
     "export": "write the backbone for timm or as safetensors, and prove it",
     "methods": "list the methods with their papers and configs",
-    "verify": "prove on this machine that resume is exact",
+    "verify": "prove on this machine that losses and steps are the papers', and that resume is exact",
     "bench": "measure on this machine how fast views are made and steps taken, beside other libraries",
     "quickstart": "pretrain on the bundled digits and compare with pixels and an untrained network",
 }

@@ -87,5 +87,5 @@ def test_the_wheel_carries_all_configs_where_the_command_looks(tmp_path):
         entry = next(name for name in names if name.endswith("entry_points.txt"))
         assert "ssd = ssd.cli:main" in wheel.read(entry).decode()
     assert {f"ssd/configs/{name}.yaml" for name in config_names()} <= names
-    assert {"ssd/cli.py", "lightning_modules/base.py", "datamodules/images.py"} <= names
+    assert {"ssd/cli.py", "ssd/parity/values.json", "lightning_modules/base.py", "datamodules/images.py"} <= names
     assert not any(name.startswith("tests") for name in names)

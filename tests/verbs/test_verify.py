@@ -1,4 +1,4 @@
-"""`ssd verify resume`: a proof that can fail."""
+"""`ssd verify`: proofs that can fail."""
 
 import copy
 import json
@@ -6,6 +6,9 @@ import json
 import pytest
 import torch
 
+from ssd.parity.cases import CASES
+from ssd.targets import Sinkhorn
+from ssd.teachers import EMA
 from ssd.verbs import verify
 from tests.verbs.conftest import typed
 
@@ -85,3 +88,76 @@ def test_a_killed_run_goes_on_exactly_on_this_machine(tmp_path):
     said = typed("verify", "resume", "--workers", 0, 2, "--kills", 17, 10, "--json", file)
     assert said.status == 0, said.out
     assert all(row["ok"] for row in json.loads(file.read_text()))
+
+
+# ---------------------------------------------------------------- parity
+
+
+@pytest.fixture
+def few_cases(monkeypatch):
+    """Those of targets and teachers, and one method's steps."""
+    names = ("centring", "Sinkhorn-Knopp", "teacher average", "DINOv2, Sinkhorn, own heads, 20 steps")
+    monkeypatch.setattr(verify, "CASES", [case for case in CASES if case.name in names])
+
+
+def test_everything_agrees_on_this_machine(tmp_path):
+    file = tmp_path / "rows.json"
+    said = typed("verify", "parity", "--json", file)
+    rows = json.loads(file.read_text())
+    assert said.status == 0, said.out
+    assert [row["case"] for row in rows] == [case.name for case in CASES]
+    assert all(row["ok"] and row["difference"] <= row["tolerance"] for row in rows)
+    assert f"torch {torch.__version__.partition('+')[0]}" in said.out and "timm" in said.out and "cpu" in said.out
+    assert "differ:" not in said.out
+
+
+@pytest.mark.parametrize(
+    "broken, named",
+    [
+        (
+            lambda patch: patch.setattr(Sinkhorn.__init__, "__defaults__", (2,)),
+            ["Sinkhorn-Knopp", "DINOv2, Sinkhorn, own heads, 20 steps"],
+        ),
+        (
+            lambda patch: patch.setattr(EMA, "update", lambda *arguments: None),
+            ["teacher average", "DINOv2, Sinkhorn, own heads, 20 steps"],
+        ),
+    ],
+)
+def test_what_is_broken_is_named_in_one_line(few_cases, broken, named, monkeypatch, tmp_path):
+    broken(monkeypatch)
+    file = tmp_path / "rows.json"
+    said = typed("verify", "parity", "--json", file)
+    assert said.status == 1
+    assert [row["case"] for row in json.loads(file.read_text()) if not row["ok"]] == named
+    last = said.out.strip().splitlines()[-1]
+    assert last.startswith("2 of 4 cases differ: ") and "report" in last and all(name in last for name in named)
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [
+        ("cuda:9", "--device cuda:9: torch finds"),
+        ("gpu", "--device gpu is no device. Use cpu, cuda or cuda:1."),
+        ("meta", "tolerances are known for cpu and cuda"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused(device, message):
+    said = typed("verify", "parity", "--device", device)
+    assert said.status == 2 and message in said.err
+
+
+def test_half_of_float32_is_not_used_and_comes_back():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with verify.float32_throughout():
+            assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "medium" and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.gpu
+def test_everything_agrees_on_a_gpu():
+    said = typed("verify", "parity", "--device", "cuda")
+    assert said.status == 0, said.out

@@ -1,0 +1,86 @@
+"""What both sides of a comparison are given: tensors, weights, pictures and masks that are alike on every machine.
+
+Numbers come from integer arithmetic keyed by a name, never from a generator of torch or NumPy, whose streams may change
+with their versions. They are float32 exactly, so that a restatement in float64 starts from the same ones.
+"""
+
+import math
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from ssd.data.randomness import uniforms
+
+PROJECTIONS = 3
+SHORT = 20  # tensors of up to so many numbers are kept whole
+
+
+def numbers(name: str, *shape: int) -> Tensor:
+    """Uniform in [-1, 1), float32, a function of name and shape."""
+    return torch.from_numpy(2 * uniforms(shape, zlib.crc32(name.encode())) - 1).float()
+
+
+def distribution(name: str, *shape: int) -> Tensor:
+    """Rows that sum to 1, over the last dimension, float32."""
+    weights = (3 * numbers(name, *shape).double()).exp()
+    return (weights / weights.sum(-1, keepdim=True)).float()
+
+
+def weights(name: str, *shape: int) -> Tensor:
+    """Of a parameter by its name, of a size that lets a network answer differently to different pictures."""
+    values = numbers(name, *shape)
+    if name.endswith(("weight_g", "gamma", "gamma_1", "gamma_2")) or (name.endswith("weight") and len(shape) == 1):
+        return 1 + values / 4
+    if name.endswith("bias"):
+        return values / 8
+    if name.endswith(("_token", "pos_embed")):
+        return values / 2
+    # of variance 1 / (numbers that are summed)
+    return values * math.sqrt(3 / math.prod(shape[1:]))
+
+
+@torch.no_grad()
+def fill(module: nn.Module, prefix: str = "") -> None:
+    """Gives every parameter its `weights`; copies of a network get the same ones."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(weights(prefix + name, *parameter.shape))
+
+
+def pictures(kind: str, step: int, *shape: int) -> Tensor:
+    """(V, B, C, H, W) of one step, of mean 0 and variance 1."""
+    return numbers(f"pictures {kind} {step}", *shape) * math.sqrt(3)
+
+
+COUNTS = ((5, 0, 3, 8, 0, 2, 0, 6), (0, 7, 1, 0, 4, 0, 5, 0))
+
+
+def masks(step: int, tokens: int = 16) -> Tensor:
+    """(2, 8, tokens) bool: crops with masks of many sizes and without, by a fixed table that moves on with the steps."""
+    table = torch.zeros(2, 8, tokens, dtype=torch.bool)
+    for view in range(2):
+        for sample in range(8):
+            count = COUNTS[view][(sample + step) % 8]
+            for number in range(count):
+                table[view, sample, (5 * number + 3 * sample + 7 * view + step) % tokens] = True
+    return table
+
+
+def digest(values: Tensor) -> list[float]:
+    """A tensor in few numbers: all of a short one, else sums with weights of 0.5 to 1 and either sign, divided by the root
+    of the count, so that no element can be wrong unseen."""
+    flat = values.detach().double().cpu().flatten()
+    if len(flat) <= SHORT:
+        return flat.tolist()
+    signed = numbers("projections", PROJECTIONS, len(flat)).double()
+    return ((signed / 2 + signed.sign() / 2) @ flat / math.sqrt(len(flat))).tolist()
+
+
+def without_key_bias(name: str, change: Tensor) -> Tensor:
+    """A parameter's change without that of attention's key biases: softmax takes no notice of them, so their gradient is
+    rounding, which Adam scales up to whole steps."""
+    if not name.endswith("qkv.bias"):
+        return change
+    change = change.clone()
+    change[len(change) // 3 : 2 * len(change) // 3] = 0
+    return change
