@@ -306,10 +306,13 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
         return self._evaluation_loader(self.everything)
 
     def _evaluation_loader(self, source: Source) -> SampleLoader:
-        """Every sample once over all ranks: rank r of R takes samples r, r + R, ..."""
+        """Every sample once over all ranks: rank r of R takes samples r, r + R, ... A rank that is one short takes one of
+        the first again, because networks that are spread over ranks run on all of them or on none."""
         rank, world = self._place()
         samples = self.evaluation_samples(source, self._broken(source))
         order = range(rank, len(source), world)
+        if len(source) % world > 0 and rank >= len(source) % world:
+            order = [*order, rank % len(source)]
         return self._loader(samples, self.evaluation_collate(), batch_size=self.batch_size, sampler=order)
 
     def _loader(self, dataset: Any, collate: Any, *, persistent: bool = False, **order: Any) -> SampleLoader:

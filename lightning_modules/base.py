@@ -4,17 +4,17 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.strategies import ModelParallelStrategy, ParallelStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ssd.batch import Batch, Tokens
-from ssd.distributed import gather_objects, rank, world_size
+from ssd.distributed import gather_objects, is_sharded, rank, world_size
 from ssd.errors import UserError
 from ssd.evaluation.dense import correspondence, has_places
-from ssd.parallel import compile_blocks, synchronise_batch_norm
+from ssd.parallel import compile_blocks, shard, synchronise_batch_norm
 from ssd.record import Recorded, describe, differences
 from ssd.resume import (
     code_version,
@@ -26,6 +26,7 @@ from ssd.resume import (
 )
 from ssd.schedules import Schedule, value_at
 from ssd.step import NORMALISATIONS, Step, StepReport
+from ssd.teachers import Teacher
 from ssd.weights.stages import start_stage
 
 DENSE_SAMPLES = 512  # that each process asks for corresponding patches, of each set: enough for half a point
@@ -192,6 +193,21 @@ class SelfDistillation(Step, pl.LightningModule):
     def _length(self, steps_per_epoch: int) -> int:
         """Of the whole run in steps, as the settings say it."""
         return self.steps if self.steps is not None else self.trainer.max_epochs * steps_per_epoch
+
+    def configure_model(self) -> None:
+        """Spreads student and teachers over processes where the strategy is FSDP2 (`ModelParallelStrategy`)."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ModelParallelStrategy) or is_sharded(next(self.student.parameters())):
+            return
+        mesh = strategy.device_mesh
+        if mesh["tensor_parallel"].size() > 1:
+            raise UserError(
+                f"strategy: tensor_parallel_size of {mesh['tensor_parallel'].size()} would split layers, which no method here "
+                "does. Use tensor_parallel_size: 1 and data_parallel_size: the number of processes."
+            )
+        shard(self.student, mesh["data_parallel"])
+        for teacher in [module for module in self.modules() if isinstance(module, Teacher)]:
+            shard(teacher.network, mesh["data_parallel"])
 
     def configure_optimizers(self) -> list[Optimizer]:
         return self.build_optimizers()

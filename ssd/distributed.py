@@ -35,6 +35,16 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
     return largest
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that is sharded over ranks, sharing its memory; any other as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose import takes half a second that few runs need."""
+    return hasattr(tensor, "to_local")
+
+
 def sum_of_rows(rows: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sum over dim 0 of the rows of all ranks together, and their number, float32; ranks may hold unequal numbers.
 

@@ -79,8 +79,9 @@ class PlainPrototypes(nn.Module):
         self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_prototypes, dim), std=0.02))
 
     def forward(self) -> Tensor:
-        """(K, d), rows of any length."""
-        return self.weight
+        """(K, d), rows of any length, in the dtype that they will be multiplied in."""
+        # a copy: a sharded network's parameters are given back when its forward pass ends
+        return self.weight.to(product_dtype(self.weight), copy=True)
 
 
 def check_num_prototypes(num_prototypes: int) -> None:

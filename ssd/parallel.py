@@ -2,6 +2,8 @@
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from ssd.backbones.base import Backbone
 from ssd.errors import UserError
@@ -13,6 +15,19 @@ def compile_blocks(network: nn.Module) -> None:
         if isinstance(module, Backbone):
             for block in module.blocks:
                 block.compile()
+
+
+def shard(network: nn.Module, mesh: DeviceMesh) -> None:
+    """Spreads parameters over the ranks of a mesh, in place, and gathers them block by block as they are used (FSDP2).
+
+    Each backbone's blocks are units of their own, and what is left of the network is one. All are given back after their
+    forward pass, a teacher's too: an average over ranks' shards then meets shards on both sides.
+    """
+    for module in network.modules():
+        if isinstance(module, Backbone):
+            for block in module.blocks:
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
 def synchronise_batch_norm(network: nn.Module, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ssd.backbones.base import Backbone
 from ssd.batch import Batch, Targets
-from ssd.distributed import sum_over_ranks, world_size
+from ssd.distributed import is_sharded, own_part, sum_over_ranks, world_size
 from ssd.errors import UserError
 from ssd.losses.prototype import entropy
 from ssd.masking.batch import MaskPlan
@@ -387,12 +387,18 @@ def part_of(name: str) -> str:
 
 
 def trained_gradients(module: nn.Module) -> tuple[list[str], list[Tensor]]:
-    """Names and gradients of the parameters that have one."""
-    pairs = [(name, p.grad) for name, p in module.named_parameters() if p.grad is not None]
+    """Names and gradients of the parameters that have one; of sharded ones what this rank holds."""
+    pairs = [(name, own_part(p.grad)) for name, p in module.named_parameters() if p.grad is not None]
     return [name for name, _ in pairs], [gradient for _, gradient in pairs]
 
 
 def gradient_norms(module: nn.Module) -> Tensor:
-    """(P,) L2 norm of each gradient, in the order of `trained_gradients`."""
+    """(P,) L2 norm of each gradient, in the order of `trained_gradients`; of the whole where it is sharded."""
     _, gradients = trained_gradients(module)
-    return torch.stack(torch._foreach_norm(gradients))
+    norms = torch.stack(torch._foreach_norm(gradients))
+    sharded = [is_sharded(p.grad) for p in module.parameters() if p.grad is not None]
+    if not any(sharded):
+        return norms
+    if not all(sharded):
+        raise ValueError("a network is sharded as a whole or not at all")
+    return sum_over_ranks(norms.square()).sqrt()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd.backbones.base import set_drop_path_zero
+from ssd.distributed import own_part
 from ssd.errors import UserError
 
 
@@ -74,8 +75,8 @@ class EMA(Teacher):
         if self.buffers_policy == "average":
             theirs |= {name: buffer for name, buffer in student.named_buffers() if buffer.is_floating_point()}
             mine |= {name: buffer for name, buffer in self.network.named_buffers() if buffer.is_floating_point()}
-        olds: list[Tensor] = list(mine.values())
-        news: list[Tensor] = [theirs[name].detach() for name in mine]
+        olds = [own_part(mine[name]) for name in mine]
+        news = [own_part(theirs[name].detach()) for name in mine]
         torch._foreach_lerp_(olds, news, 1 - momentum)
 
 

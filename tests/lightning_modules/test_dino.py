@@ -40,7 +40,7 @@ def random_batch(samples: int, seed: int) -> Batch:
 class TestContract(MethodContract):
     def make(self, **engine):
         # published rates are for long runs; a step of 1e-4 keeps Adam's sign noise below the tolerance
-        return tiny(lr=1e-4, lr_rule="none", **engine)
+        return tiny(**{"lr": 1e-4, "lr_rule": "none"} | engine)
 
     def batch(self, samples, seed):
         return random_batch(samples, seed)

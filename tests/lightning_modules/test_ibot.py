@@ -71,7 +71,7 @@ class TestContract(MethodContract):
 
     def make(self, **engine):
         # published rates are for long runs; a step of 1e-4 keeps Adam's sign noise below the tolerance
-        return tiny(lr=1e-4, lr_rule="none", **self.settings, **engine)
+        return tiny(**{"lr": 1e-4, "lr_rule": "none"} | self.settings | engine)
 
     def batch(self, samples, seed):
         return random_batch(samples, seed)
