@@ -10,19 +10,17 @@ from torch.testing import assert_close
 from lightning_modules.dinov2 import DINOv2
 from ssd.backbones.convnet import ConvNet
 from ssd.backbones.vit import ViT
-from ssd.batch import Batch, Masks
 from ssd.errors import UserError
-from ssd.masking.batch import packed
 from ssd.masking.recipes import BlockMasks, RandomMasks
 from ssd.optim import Clip
 from ssd.schedules import Cosine, Linear
 from ssd.views.recipes import DINOViews
 from tests.contract import MethodContract, flat_state, start
+from tests.lightning_modules.masked import drawn, masks_of, random_batch, sinkhorn, terms
 
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "init_values": 0.1, "reg_tokens": 2}
 HEAD = {"head_hidden_dim": 16, "head_bottleneck_dim": 8, "patch_head_bottleneck_dim": 6}
 VIEWS = DINOViews(global_size=32, local_size=16, local_count=2)
-TOKENS = 16  # of a global view
 
 
 def tiny(**settings) -> DINOv2:
@@ -31,36 +29,10 @@ def tiny(**settings) -> DINOv2:
     return DINOv2(backbone, **({"views": VIEWS, "num_prototypes": 32, "koleo_group": 2, **HEAD} | settings))
 
 
-def random_batch(samples: int, seed: int, masks: Masks | None = None) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    views = {
-        "global": torch.randn(2, samples, 3, 32, 32, generator=generator),
-        "local": torch.randn(2, samples, 3, 16, 16, generator=generator),
-    }
-    return Batch(
-        views=views, index=torch.arange(samples), total=samples, masks={} if masks is None else {"global": masks}
-    )
-
-
-def masks_of(*counts: int, length: int = 64) -> Masks:
-    """The first `count` tokens of each sample masked, in both of its views."""
-    boolean = torch.arange(TOKENS) < torch.tensor(counts)[:, None]
-    return packed(boolean.expand(2, -1, -1).numpy(), 1, length)
-
-
-def drawn(module: DINOv2, samples: int, seed: int) -> Batch:
-    return random_batch(samples, seed, module.mask_plans()["global"].draw(samples, 0, seed))
-
-
 def begun(**settings) -> DINOv2:
     module = tiny(**settings).train()
     module.begin(4, 2)
     return module
-
-
-def terms(module: DINOv2, batch: Batch) -> dict[str, torch.Tensor]:
-    with torch.no_grad():
-        return module.losses(batch, module.targets(batch))
 
 
 class TestContract(MethodContract):
@@ -131,15 +103,6 @@ class PlainNetwork(nn.Module):
         if hasattr(self, "token"):
             self.token.data.copy_(branch.mask_token)
         return self
-
-
-def sinkhorn(logits, temperature):
-    """Three rounds, columns then rows; (n, K)."""
-    q = torch.exp(logits / temperature - (logits / temperature).max())
-    for _ in range(3):
-        q = q / q.sum(0)
-        q = q / q.sum(1, keepdim=True)
-    return q
 
 
 def depth_of(name):

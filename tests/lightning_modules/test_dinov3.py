@@ -9,21 +9,19 @@ from torch.testing import assert_close
 from lightning_modules.dinov3 import DINOv3
 from ssd.backbones.convnet import ConvNet
 from ssd.backbones.vit import ViT
-from ssd.batch import Batch, Masks
 from ssd.errors import UserError
-from ssd.masking.batch import packed
 from ssd.masking.recipes import BlockMasks
 from ssd.optim import Clip
 from ssd.schedules import Cosine, Linear
 from ssd.views.recipes import DINOViews
 from tests.contract import MethodContract, flat_state, start
+from tests.lightning_modules.masked import drawn, masks_of, random_batch, sinkhorn, terms
 
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "num_reg_tokens": 2, "init_values": 0.1}
 HEAD = {"head_hidden_dim": 16, "head_bottleneck_dim": 8, "patch_head_bottleneck_dim": 6}
 SIZES = {"num_prototypes": 32, "num_patch_prototypes": 24, "koleo_group": 2}
 VIEWS = DINOViews(global_size=32, local_size=16, local_count=2)
 GRAM = DINOViews(global_size=32, local_size=16, local_count=2, gram_size=64)
-TOKENS = 16  # of a global view
 
 
 def tiny(vit=VIT, **settings) -> DINOv3:
@@ -32,37 +30,10 @@ def tiny(vit=VIT, **settings) -> DINOv3:
     return DINOv3(backbone, **{"views": VIEWS, **SIZES, **HEAD} | settings)
 
 
-def random_batch(samples: int, seed: int, masks: Masks | None = None, gram: bool = False) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    views = {
-        "global": torch.randn(2, samples, 3, 32, 32, generator=generator),
-        "local": torch.randn(2, samples, 3, 16, 16, generator=generator),
-    }
-    if gram:
-        views["gram"] = torch.randn(2, samples, 3, 64, 64, generator=generator)
-    return Batch(
-        views=views, index=torch.arange(samples), total=samples, masks={} if masks is None else {"global": masks}
-    )
-
-
-def masks_of(*counts: int, length: int = 64) -> Masks:
-    boolean = torch.arange(TOKENS) < torch.tensor(counts)[:, None]
-    return packed(boolean.expand(2, -1, -1).numpy(), 1, length)
-
-
-def drawn(module: DINOv3, samples: int, seed: int, gram: bool = False) -> Batch:
-    return random_batch(samples, seed, module.mask_plans()["global"].draw(samples, 0, seed), gram)
-
-
 def begun(total=4, **settings) -> DINOv3:
     module = tiny(**settings).train()
     module.begin(total, 2)
     return module
-
-
-def terms(module: DINOv3, batch: Batch) -> dict[str, torch.Tensor]:
-    with torch.no_grad():
-        return module.losses(batch, module.targets(batch))
 
 
 class TestContract(MethodContract):
@@ -128,14 +99,6 @@ class PlainNetwork(nn.Module):
     def forward(self, x, masked=None, norm=None):
         x = self.backbone(x, masked, norm)
         return x[:, 0], x[:, 3:], self.answer(self.heads[0], x[:, 0]), self.answer(self.heads[1], x[:, 3:])
-
-
-def sinkhorn(logits, temperature):
-    q = torch.exp(logits / temperature - (logits / temperature).max())
-    for _ in range(3):
-        q = q / q.sum(0)
-        q = q / q.sum(1, keepdim=True)
-    return q
 
 
 def test_ten_steps_have_the_losses_of_the_equations_written_out():

@@ -12,7 +12,8 @@ from ssd.errors import UserError
 from ssd.masking.recipes import InverseBlockMasks
 from ssd.nested_heads import NestedHead
 from tests.contract import MethodContract
-from tests.lightning_modules.test_dinov2 import HEAD, VIEWS, VIT, drawn, random_batch, sinkhorn, terms
+from tests.lightning_modules.masked import drawn, random_batch, sinkhorn, terms
+from tests.lightning_modules.test_dinov2 import HEAD, VIEWS, VIT
 
 SIZES = {"num_prototypes": 32, "koleo_group": 2, "levels": 3}
 

@@ -12,52 +12,24 @@ import lightning_modules.ibot
 from lightning_modules.ibot import IBOT
 from ssd.backbones.convnet import ConvNet
 from ssd.backbones.vit import ViT
-from ssd.batch import Batch, Masks
 from ssd.errors import UserError
-from ssd.masking.batch import packed
 from ssd.masking.recipes import BlockMasks, RandomMasks
 from ssd.masking.scattered import ScatteredMasks
 from ssd.optim import Clip
 from ssd.schedules import Cosine, Linear
 from ssd.views.recipes import DINOViews
 from tests.contract import MethodContract, flat_state, start
+from tests.lightning_modules.masked import TOKENS, drawn, masks_of, random_batch, terms
 
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
 HEAD = {"head_hidden_dim": 16, "head_bottleneck_dim": 8}
 VIEWS = DINOViews(global_size=32, local_size=16, local_count=2)
-TOKENS = 16  # of a global view
 
 
 def tiny(**settings) -> IBOT:
     torch.manual_seed(0)
     backbone = ViT("vit_tiny_patch16_224", img_size=32, arguments=VIT)
     return IBOT(backbone, **({"views": VIEWS, "num_prototypes": 32, **HEAD} | settings))
-
-
-def random_batch(samples: int, seed: int, masks: Masks | None = None) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    views = {
-        "global": torch.randn(2, samples, 3, 32, 32, generator=generator),
-        "local": torch.randn(2, samples, 3, 16, 16, generator=generator),
-    }
-    return Batch(
-        views=views, index=torch.arange(samples), total=samples, masks={} if masks is None else {"global": masks}
-    )
-
-
-def masks_of(*counts: int, length: int = 64) -> Masks:
-    """The first `count` tokens of each sample masked, in both of its views."""
-    boolean = torch.arange(TOKENS) < torch.tensor(counts)[:, None]
-    return packed(boolean.expand(2, -1, -1).numpy(), 1, length)
-
-
-def drawn(module: IBOT, samples: int, seed: int) -> Batch:
-    return random_batch(samples, seed, module.mask_plans()["global"].draw(samples, 0, seed))
-
-
-def terms(module: IBOT, batch: Batch) -> dict[str, torch.Tensor]:
-    with torch.no_grad():
-        return module.losses(batch, module.targets(batch))
 
 
 def begun(**settings) -> IBOT:

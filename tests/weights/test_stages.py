@@ -9,6 +9,7 @@ from ssd.weights.stages import start_stage
 from tests.contract import start
 from tests.lightning_modules import test_dinov2 as v2
 from tests.lightning_modules import test_dinov3 as v3
+from tests.lightning_modules.masked import drawn
 from tests.lightning_modules.runs import fit, last, vit
 from tests.lightning_modules.test_dinov3 import GRAM
 
@@ -25,7 +26,7 @@ def earlier(tmp_path):
     module = v3.tiny(lr=1e-2, clip=Clip(3.0))
     optimizers = start(module)
     for step in range(3):
-        module.take_step(v3.drawn(module, 4, step), optimizers)
+        module.take_step(drawn(module, 4, step), optimizers)
     return module, saved(module, tmp_path / "first.ckpt")
 
 
