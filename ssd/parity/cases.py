@@ -49,5 +49,6 @@ CASES = (
     Case("DINOv2, centring, one head, 20 steps", TWENTY_STEPS, trajectories.dinov2_centring),
     Case("DINOv2, Sinkhorn, own heads, 20 steps", TWENTY_STEPS, trajectories.dinov2_sinkhorn),
     Case("DINOv3 with Gram, 20 steps", TWENTY_STEPS, trajectories.dinov3),
+    Case("Franca, 20 steps", TWENTY_STEPS, trajectories.franca),
     Case("RandomTeacher, 20 steps", TWENTY_STEPS, trajectories.random_teacher),
 )

@@ -73,10 +73,10 @@ def dinov2_sinkhorn(device: torch.device) -> dict[str, Tensor]:
     return dinov2(device, clip=Clip(5.0, over="module"), target_rule="sinkhorn", **own)
 
 
-def dinov2(device: torch.device, **settings: Any) -> dict[str, Tensor]:
+def dinov2(device: torch.device, method: Any = None, **settings: Any) -> dict[str, Tensor]:
     from lightning_modules.dinov2 import DINOv2
 
-    module = DINOv2(
+    module = (method or DINOv2)(
         ViT("vit_tiny_patch16_224", img_size=32, arguments=SIZE | {"init_values": 0.1, "reg_tokens": 2}),
         views=DINOViews(global_size=32, local_size=16, local_count=2),
         **HEAD,
@@ -89,6 +89,12 @@ def dinov2(device: torch.device, **settings: Any) -> dict[str, Tensor]:
         **settings,
     )
     return run(module, device)
+
+
+def franca(device: torch.device) -> dict[str, Tensor]:
+    from lightning_modules.franca import Franca
+
+    return dinov2(device, clip=Clip(12.0, over="module"), method=Franca, levels=3)
 
 
 def dinov3(device: torch.device) -> dict[str, Tensor]:

@@ -37,5 +37,6 @@ RESTATED = {
     "DINOv2, centring, one head, 20 steps": restated_trajectories.dinov2_centring,
     "DINOv2, Sinkhorn, own heads, 20 steps": restated_trajectories.dinov2_sinkhorn,
     "DINOv3 with Gram, 20 steps": restated_trajectories.dinov3,
+    "Franca, 20 steps": restated_trajectories.franca,
     "RandomTeacher, 20 steps": restated_trajectories.random_teacher,
 }

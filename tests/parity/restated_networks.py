@@ -14,6 +14,9 @@ def parameters(shapes, prefix=""):
     return {name: weights(prefix + name, *shape).double().requires_grad_() for name, shape in shapes.items()}
 
 
+LEVELS = (WIDTH // 4, WIDTH // 2, WIDTH)
+
+
 def head_shapes(prefix, width, hidden, bottleneck, prototypes, last):
     """`last` is "norm" for directions with gains, "plain" for rows as they are."""
     shapes = {}
@@ -60,6 +63,12 @@ def network_shapes(heads, registers=0, scales=None, rotary=False):
     if heads == "shared head, own prototypes":
         own = {"head.patch_last_layer.weight_v": (32, 8), "head.patch_last_layer.weight_g": (32, 1)}
         return shapes | head_shapes("head.head.", WIDTH, HIDDEN, 8, 32, kind) | own
+    if heads == "nested heads":
+        for level, width in enumerate(LEVELS):
+            prototypes = 32 * width // WIDTH
+            shapes |= head_shapes(f"head.heads.{level}.", width, HIDDEN, 8, prototypes, kind)
+            shapes |= head_shapes(f"patch_head.heads.{level}.", width, HIDDEN, 6, prototypes, kind)
+        return shapes
     shapes |= head_shapes("head.", WIDTH, HIDDEN, 8, 32, kind)
     return shapes | head_shapes("patch_head.", WIDTH, HIDDEN, 6, 24, kind)
 

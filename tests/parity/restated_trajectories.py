@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ssd.parity.inputs import masks, pictures, without_key_bias
-from tests.parity.restated_networks import WIDTH, backbone, backbone_shapes, head, network_shapes, parameters
+from tests.parity.restated_networks import LEVELS, WIDTH, backbone, backbone_shapes, head, network_shapes, parameters
 from tests.parity.restated_parts import bicubic, koleo, sinkhorn_knopp
 
 STEPS, PER_EPOCH, SAMPLES = 20, 5, 8
@@ -238,6 +238,37 @@ def dinov2(heads, cls_head, patch_head, sinkhorn, clip):
         learner.average(i, teacher)
     more = {} if sinkhorn else {"center": center, "patch_center": patch_center}
     return learner.outputs(teacher, start, **more)
+
+
+def franca():
+    """Card franca, the paper's form: three levels see the first 6, 12 and 24 dimensions, are assigned apart and summed."""
+    student = parameters(network_shapes("nested heads", registers=2, scales="ls{}.gamma"))
+    teacher, learner = without_token(student), Learner(student, "dinov2", clip=12.0)
+    start = without_token(teacher)
+    for i in range(STEPS):
+        temperature, masked = 0.04 + 0.03 * min(i / 9, 1.0), masks(i)
+        globals_, locals_ = views("global", i, 32), views("local", i, 16)
+        told = [backbone(teacher, x) for x in globals_]
+        seen = [backbone(student, x, masked[v], student["mask_token"]) for v, x in enumerate(globals_)]
+        all_seen = [cls for cls, _ in seen] + [backbone(student, x)[0] for x in locals_]
+        dino_loss, ibot_loss = 0, 0
+        for level, width in enumerate(LEVELS):
+            of_cls, of_patch = f"head.heads.{level}.", f"patch_head.heads.{level}."
+            q = [head(teacher, of_cls, cls[:, :width]) for cls, _ in told]
+            q = sinkhorn_knopp(torch.cat(q), temperature).chunk(2)
+            logits = [head(student, of_cls, cls[:, :width]) for cls in all_seen]
+            pairs = [entropy_of(q[t], logits[s]).mean() for t in range(2) for s in range(4) if s != t]
+            dino_loss = dino_loss + sum(pairs) / 6
+            hidden = [head(teacher, of_patch, told[v][1][masked[v]][:, :width]) for v in range(2)]
+            q = sinkhorn_knopp(torch.cat(hidden), temperature).split([len(rows) for rows in hidden])
+            logits = [head(student, of_patch, seen[v][1][masked[v]][:, :width]) for v in range(2)]
+            ibot_loss = ibot_loss + sum(masked_crops(q[v], logits[v], masked[v]) for v in range(2)) / 2
+        spread = sum(koleo(cls[None], 4).mean() for cls, _ in seen)
+        loss = dino_loss + ibot_loss + 0.1 * spread
+        terms = {"dino": dino_loss, "ibot": ibot_loss, "koleo": spread}
+        learner.learn(i, loss, terms, peak=2e-3 * math.sqrt(SAMPLES / 32))
+        learner.average(i, teacher)
+    return learner.outputs(teacher, start)
 
 
 def dinov3():
