@@ -115,6 +115,7 @@ FAULTS = [
             "Sinkhorn-Knopp with padding",
             "DINOv2, Sinkhorn, own heads, 20 steps",
             "DINOv3 with Gram, 20 steps",
+            "Franca, 20 steps",
         },
     ),
     (same_view_counts, {"DINO, 20 steps"}),
