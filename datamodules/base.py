@@ -310,7 +310,7 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
         the first again, because networks that are spread over ranks run on all of them or on none."""
         rank, world = self._place()
         samples = self.evaluation_samples(source, self._broken(source))
-        order = range(rank, len(source), world)
+        order: Sequence[int] = range(rank, len(source), world)
         if len(source) % world > 0 and rank >= len(source) % world:
             order = [*order, rank % len(source)]
         return self._loader(samples, self.evaluation_collate(), batch_size=self.batch_size, sampler=order)

@@ -14,6 +14,7 @@ from ssd.batch import Batch, Tokens
 from ssd.distributed import gather_objects, is_sharded, rank, world_size
 from ssd.errors import UserError
 from ssd.evaluation.dense import correspondence, has_places
+from ssd.memory import keep_freed_memory
 from ssd.parallel import compile_blocks, shard, synchronise_batch_norm
 from ssd.record import Recorded, describe, differences
 from ssd.resume import (
@@ -140,6 +141,8 @@ class SelfDistillation(Step, pl.LightningModule):
                 )
             if self.trainer.world_size > 1:
                 synchronise_batch_norm(self, self.trainer.strategy.root_device)
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         if self.compile_networks:
             for network in (self.student, self.teacher):
                 compile_blocks(network)

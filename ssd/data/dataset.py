@@ -1,7 +1,5 @@
 """From a place in the sampler's order to a sample, and from samples to a batch."""
 
-import ctypes
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -18,13 +16,12 @@ from ssd.data.parcel import Parcel
 from ssd.data.sampler import Draws
 from ssd.errors import UserError
 from ssd.masking.batch import MaskPlan
+from ssd.memory import keep_freed_memory
 from ssd.views import photometry
 from ssd.views.geometry import crop_into, empty_views, evaluation_picture
 from ssd.views.parameters import ViewDraws
 from ssd.views.view import PictureViews
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-KEPT_BYTES = 2**30
 CHUNK_BYTES = 2**23  # decoded pictures that wait for their views to be drawn; they stay in a near cache
 
 
@@ -224,13 +221,3 @@ def start_worker(_: int) -> None:
     with the worker, which needs as much for the next batch: to get it anew costs an eighth of its time."""
     torch.set_num_threads(1)
     keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Where the C library can be told so, which is glibc's."""
-    if sys.platform != "linux":
-        return
-    tell = getattr(ctypes.CDLL(None), "mallopt", None)
-    if tell is not None:
-        tell(M_TRIM_THRESHOLD, KEPT_BYTES)
-        tell(M_MMAP_THRESHOLD, KEPT_BYTES)
