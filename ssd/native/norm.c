@@ -1,5 +1,5 @@
 /* Batch normalisation with what follows it, on maps whose channels lie next to each other: rows of `channels` values,
- * float32 or bfloat16. One pass over memory less for each operation that would otherwise stand apart. Each call works on
+ * float32 or bfloat16. One pass over memory less for each operation that would otherwise stand apart. Each part works on
  * rows of its own, so that several threads can share a map.
  */
 #include <math.h>
@@ -93,8 +93,8 @@ EXPORT int64_t ssd_norm_fits(int64_t rows, int64_t channels) { return widened(&r
 
 /* Sums over rows of x and of x squared, added to `sums` (2, channels); with `gradient`, of g and of g x, where g is the
  * gradient where `output` is not zero (NULL: everywhere). */
-EXPORT void ssd_norm_sums(const void *x, const void *gradient, const void *output, int64_t first, int64_t last,
-                          int64_t channels, int64_t half, double *sums) {
+static void sums_of(const void *x, const void *gradient, const void *output, int64_t first, int64_t last,
+                    int64_t channels, int64_t half, double *sums) {
     int64_t rows = last - first, width = widened(&rows, channels), start = first * channels;
     for (int64_t row = 0; row < rows; row += STRETCH) {
         int64_t until = row + STRETCH < rows ? row + STRETCH : rows;
@@ -128,8 +128,8 @@ static void spread_over(const float *from, int64_t channels, int64_t width, floa
 }
 
 /* x * scale + shift, plus `residual` where there is one, without what is negative where `relu`. */
-EXPORT void ssd_norm_apply(const void *x, const void *residual, int64_t first, int64_t last, int64_t channels,
-                           int64_t half, const float *scale, const float *shift, int64_t relu, void *out) {
+static void apply(const void *x, const void *residual, int64_t first, int64_t last, int64_t channels, int64_t half,
+                  const float *scale, const float *shift, int64_t relu, void *out) {
     int64_t rows = last - first, width = widened(&rows, channels), start = first * channels;
     float a[width], b[width];
     spread_over(scale, channels, width, a);
@@ -144,9 +144,9 @@ EXPORT void ssd_norm_apply(const void *x, const void *residual, int64_t first, i
 }
 
 /* The gradient of x, g * a + x * b + c with g as in the sums; where `masked` is asked for, g itself goes there. */
-EXPORT void ssd_norm_gradient(const void *x, const void *gradient, const void *output, int64_t first, int64_t last,
-                              int64_t channels, int64_t half, const float *a, const float *b, const float *c, void *out,
-                              void *masked) {
+static void gradient_of(const void *x, const void *gradient, const void *output, int64_t first, int64_t last,
+                        int64_t channels, int64_t half, const float *a, const float *b, const float *c, void *out,
+                        void *masked) {
     int64_t rows = last - first, width = widened(&rows, channels), start = first * channels;
     float of_g[width], of_x[width], rest[width];
     spread_over(a, channels, width, of_g);
@@ -161,4 +161,50 @@ EXPORT void ssd_norm_gradient(const void *x, const void *gradient, const void *o
             store(out, at, half,
                   g * *(floats_at *)(of_g + i) + load(x, at, half) * *(floats_at *)(of_x + i) + *(floats_at *)(rest + i));
         }
+}
+
+/* ------------------------------------------------------------------ parts, by torch's own threads */
+
+enum { SUMS, APPLY, GRADIENT };
+
+/* One part of the rows. Which of the pointers count, and what for, is the kind's: see `run`. */
+struct part {
+    int64_t kind, first, last, channels, half, relu;
+    const void *x, *other, *output;
+    const float *a, *b, *c;
+    void *out, *masked;
+    double *sums;
+};
+
+static void run(const struct part *p) {
+    if (p->kind == SUMS)
+        sums_of(p->x, p->other, p->output, p->first, p->last, p->channels, p->half, p->sums);
+    else if (p->kind == APPLY)
+        apply(p->x, p->other, p->first, p->last, p->channels, p->half, p->a, p->b, p->relu, p->out);
+    else
+        gradient_of(p->x, p->other, p->output, p->first, p->last, p->channels, p->half, p->a, p->b, p->c, p->out,
+                    p->masked);
+}
+
+struct team {
+    const struct part *parts;
+    int64_t count;
+    int (*number)(void), (*size)(void);
+};
+
+static void in_team(void *data) {
+    const struct team *team = data;
+    for (int64_t i = team->number(); i < team->count; i += team->size()) run(team->parts + i);
+}
+
+/* All parts, in the OpenMP threads whose functions are given (`parallel`: GOMP_parallel), one after another without. Threads
+ * of our own would fight for cores with torch's, which go on spinning for a while after each of its operations. */
+EXPORT void ssd_norm_run(const struct part *parts, int64_t count,
+                         void (*parallel)(void (*)(void *), void *, unsigned, unsigned), int (*number)(void),
+                         int (*size)(void)) {
+    struct team team = {parts, count, number, size};
+    if (parallel && count > 1)
+        parallel(in_team, &team, (unsigned)count, 0);
+    else
+        for (int64_t i = 0; i < count; i++) run(parts + i);
 }

@@ -1,10 +1,8 @@
 """Batch normalisation on a CPU together with the addition and the ReLU that follow it, by compiled code; see norm.c."""
 
 import ctypes
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,55 +17,74 @@ SMALLEST_SHARE = 2**17  # values that are worth a thread
 KINDS = (torch.float32, torch.bfloat16)
 
 
+SUMS, APPLY, GRADIENT = range(3)
+
+
+class Part(ctypes.Structure):
+    """What one thread does of a map: norm.c's struct of the same name."""
+
+    _fields_ = [(name, NUMBER) for name in ("kind", "first", "last", "channels", "half", "relu")] + [
+        (name, POINTER) for name in ("x", "other", "output", "a", "b", "c", "out", "masked", "sums")
+    ]
+
+
 @cache
 def functions() -> ctypes.CDLL | None:
     code = library()
     if code is not None:
         code.ssd_norm_fits.argtypes = [NUMBER, NUMBER]
         code.ssd_norm_fits.restype = NUMBER
-        code.ssd_norm_sums.argtypes = [POINTER] * 3 + [NUMBER] * 4 + [POINTER]
-        code.ssd_norm_apply.argtypes = [POINTER] * 2 + [NUMBER] * 4 + [POINTER] * 2 + [NUMBER, POINTER]
-        code.ssd_norm_gradient.argtypes = [POINTER] * 3 + [NUMBER] * 4 + [POINTER] * 5
-        for function in (code.ssd_norm_sums, code.ssd_norm_apply, code.ssd_norm_gradient):
-            function.restype = None
+        code.ssd_norm_run.argtypes = [ctypes.POINTER(Part), NUMBER, POINTER, POINTER, POINTER]
+        code.ssd_norm_run.restype = None
     return code
 
 
 @cache
-def threads(process: int, count: int) -> ThreadPoolExecutor:
-    """Of this process: a forked one has none of its parent's."""
-    return ThreadPoolExecutor(count, thread_name_prefix="ssd-norm")
+def team() -> tuple[Any, Any, Any]:
+    """Of the OpenMP that torch came with: GOMP_parallel, omp_get_thread_num, omp_get_num_threads; None without one."""
+    folder = Path(torch.__file__).parent / "lib"
+    for file in sorted([*folder.glob("lib*omp*.so*"), *folder.glob("lib*omp*.dylib")]):
+        try:
+            openmp = ctypes.CDLL(str(file))
+            names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+            first, second, third = (ctypes.cast(getattr(openmp, name), POINTER) for name in names)
+            return first, second, third
+        except (OSError, AttributeError):
+            continue
+    return None, None, None
 
 
-def share_out(rows: int, channels: int, work: Callable[[int, int], Any]) -> list[Any]:
-    """`work(first, last)` on parts of the rows, in as many threads as torch has and the work is worth."""
-    count = max(1, min(torch.get_num_threads(), rows * channels // SMALLEST_SHARE))
+def share_out(
+    kind: int, x: Tensor, found: np.ndarray | None = None, relu: bool = False, **pointers: int | None
+) -> None:
+    """A map's rows in as many parts as torch has threads and the work is worth; sums of part i go to found[i]."""
+    rows, channels = x.numel() // x.shape[1], x.shape[1]
+    count = parts_of(x) if found is None else len(found)
     edges = [rows * part // count // ROWS_APART * ROWS_APART for part in range(count)] + [rows]
-    parts = list(zip(edges, edges[1:]))
-    others = [threads(os.getpid(), torch.get_num_threads()).submit(work, *part) for part in parts[1:]]
-    return [work(*parts[0]), *(other.result() for other in others)]
+    parts = (Part * count)()
+    for number, part in enumerate(parts):
+        part.kind, part.first, part.last = kind, edges[number], edges[number + 1]
+        part.channels, part.half, part.relu, part.x = channels, x.dtype == torch.bfloat16, relu, x.data_ptr()
+        for name, place in pointers.items():
+            setattr(part, name, place)
+        if found is not None:
+            part.sums = found[number].ctypes.data
+    functions().ssd_norm_run(parts, count, *team())  # type: ignore[union-attr]
+
+
+def parts_of(x: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), x.numel() // SMALLEST_SHARE))
 
 
 def sums(x: Tensor, gradient: Tensor | None, output: Tensor | None) -> np.ndarray:
     """(2, C) float64: sums over (B, H, W) of x and x squared, or of g and g x with the gradient where output is not 0."""
-    rows, channels = x.numel() // x.shape[1], x.shape[1]
-
-    def part(first: int, last: int) -> np.ndarray:
-        found = np.zeros((2, channels))
-        functions().ssd_norm_sums(  # type: ignore[union-attr]
-            x.data_ptr(), at(gradient), at(output), first, last, channels, half(x), found.ctypes.data
-        )
-        return found
-
-    return np.sum(share_out(rows, channels, part), axis=0)
+    found = np.zeros((parts_of(x), 2, x.shape[1]))
+    share_out(SUMS, x, found, other=at(gradient), output=at(output))
+    return found.sum(0)
 
 
 def at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def half(x: Tensor) -> int:
-    return int(x.dtype == torch.bfloat16)
 
 
 class NormAct(torch.autograd.Function):
@@ -75,7 +92,7 @@ class NormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, eps: float, relu: bool):
-        rows, channels = x.numel() // x.shape[1], x.shape[1]
+        rows = x.numel() // x.shape[1]
         total, squares = sums(x, None, None) / rows
         variance = np.maximum(squares - total**2, 0)
         inverse = 1 / np.sqrt(variance + eps)
@@ -83,14 +100,8 @@ class NormAct(torch.autograd.Function):
         shift = bias.detach().double().numpy() - total * scale
         scale, shift = scale.astype(np.float32), shift.astype(np.float32)
         out = torch.empty_like(x)
-        share_out(
-            rows,
-            channels,
-            lambda first, last: functions().ssd_norm_apply(  # type: ignore[union-attr]
-                x.data_ptr(), at(residual), first, last, channels, half(x), scale.ctypes.data, shift.ctypes.data,
-                int(relu), out.data_ptr(),
-            ),
-        )  # fmt: skip
+        places = {"a": scale.ctypes.data, "b": shift.ctypes.data, "out": out.data_ptr()}
+        share_out(APPLY, x, relu=relu, other=at(residual), **places)
         ctx.save_for_backward(x, weight, out if relu else None)
         ctx.statistics, ctx.with_residual = (total, inverse), residual is not None
         found = torch.from_numpy(np.stack([total, variance]))
@@ -101,7 +112,7 @@ class NormAct(torch.autograd.Function):
     def backward(ctx, gradient, _):
         x, weight, out = ctx.saved_tensors
         mean, inverse = ctx.statistics
-        rows, channels = x.numel() // x.shape[1], x.shape[1]
+        rows = x.numel() // x.shape[1]
         gradient = gradient.to(x.dtype).contiguous(memory_format=torch.channels_last)
         of_g, of_gx = sums(x, gradient, out)
         # with n rows, xhat = (x - mean) inverse: the gradient of x is w inverse (g - mean g - xhat mean(g xhat))
@@ -112,14 +123,8 @@ class NormAct(torch.autograd.Function):
         a, b, c = (values.astype(np.float32) for values in (a, b, c))
         result = torch.empty_like(x)
         apart = torch.empty_like(x) if ctx.with_residual and out is not None else None
-        share_out(
-            rows,
-            channels,
-            lambda first, last: functions().ssd_norm_gradient(  # type: ignore[union-attr]
-                x.data_ptr(), gradient.data_ptr(), at(out), first, last, channels, half(x), a.ctypes.data,
-                b.ctypes.data, c.ctypes.data, result.data_ptr(), at(apart),
-            ),
-        )  # fmt: skip
+        places = {"a": a.ctypes.data, "b": b.ctypes.data, "c": c.ctypes.data, "out": result.data_ptr()}
+        share_out(GRADIENT, x, other=gradient.data_ptr(), output=at(out), masked=at(apart), **places)
         of_residual = (gradient if apart is None else apart) if ctx.with_residual else None
         of_weight, of_bias = (torch.from_numpy(values).to(weight.dtype) for values in (of_xhat, of_g))
         return result, of_weight, of_bias, of_residual, None, None

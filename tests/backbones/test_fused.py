@@ -125,7 +125,12 @@ def test_what_is_not_finite_is_not_hidden(bad, kind):
     assert not out[:, 3].isfinite().any() and out[:, :3].isfinite().all() and out[:, 4:].isfinite().all()
 
 
-def test_threads_share_the_rows_and_change_nothing(monkeypatch):
+@pytest.mark.parametrize("openmp", [True, False])
+def test_threads_share_the_rows_and_change_nothing(monkeypatch, openmp):
+    if openmp and native.team()[0] is None:
+        pytest.skip("torch came without an OpenMP that can be asked")
+    if not openmp:
+        monkeypatch.setattr(native, "team", lambda: (None, None, None))
     x = torch.randn(8, 16, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
     layer = nn.BatchNorm2d(16)
     alone = native.norm_act(x, copy.deepcopy(layer))

@@ -34,9 +34,7 @@ SIZES = {
         "views": {
             "global_size": 16,
             "global_scale": [0.4, 1.0],
-            "local_count": 2,
-            "local_size": 8,
-            "local_scale": [0.15, 0.4],
+            "local_count": 0,  # two patches a side tell nothing
             "flip": 0.0,
             "rotate": 15.0,
             "shear": 0.2,
@@ -46,9 +44,9 @@ SIZES = {
             "solarize_prob": [0.0, 0.0, 0.0],
             "evaluation_crop": 1.0,
         },
-        "num_prototypes": 256,
+        "num_prototypes": 1024,
         "gram_size": 32,
-        "steps": 3000,
+        "steps": 1000,
         "data": ["--data", "Digits"],
     },
     "cifar10": {
@@ -63,7 +61,7 @@ SIZES = {
             "solarize_prob": [0.0, 0.0, 0.0],
             "evaluation_crop": 1.0,
         },
-        "num_prototypes": 256,
+        "num_prototypes": 1024,
         "gram_size": 64,
         "steps": 2000,
         "data": ["--data", "Images"],
@@ -91,9 +89,9 @@ def config(method: str, size: dict[str, Any], steps: int, lr: float, start: Path
     """Of one run: the Gram stage is a fifth as long as what it starts from."""
     base = method.removesuffix("_gram")
     name = "vit_small_patch16_dinov3_qkvb" if base == "dinov3" else "vit_tiny_patch16_224"
-    arguments = dict(size["backbone"]["arguments"])
-    if base == "dinov3":
-        arguments |= {"num_reg_tokens": 0, "init_values": None}
+    # mean of patches instead of a class token, which says nothing of the picture at first
+    arguments = size["backbone"]["arguments"] | {"class_token": False}
+    arguments |= {"num_reg_tokens": 0, "init_values": None} if base == "dinov3" else {"weight_init": "jax"}
     views = dict(size["views"])
     settings: dict[str, Any] = {
         "backbone": {
@@ -101,7 +99,7 @@ def config(method: str, size: dict[str, Any], steps: int, lr: float, start: Path
             "init_args": {"name": name, "img_size": size["backbone"]["img_size"], "arguments": arguments},
         },
         "num_prototypes": size["num_prototypes"],
-        "momentum": {"class_path": "Cosine", "init_args": {"start": 0.98, "end": 1.0}},
+        "momentum": {"class_path": "Cosine", "init_args": {"start": 0.95, "end": 1.0}},
         "lr": {"class_path": "Cosine", "init_args": {"start": lr, "end": 0.01 * lr, "warmup": 0.1}},
         "steps": steps,
         **SHARED,
@@ -191,7 +189,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="instead of the size's own number")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--out", default="runs/family")
     arguments = parser.parse_args()
