@@ -68,6 +68,22 @@ def test_what_a_checkpoints_method_masks_is_greyed_out(run, tmp_path, monkeypatc
     assert np.array_equal(masked[:, 6:22], plain[:, 6:22]), "the original is shown whole"
 
 
+def test_masks_are_shown_without_a_checkpoint(folder, tmp_path):
+    """Twelve of sixteen patches of each global view are greyed out, and nothing else is."""
+    words = ("look", "--data", folder, "--views", "dino_small", "--samples", 2, "--cell", 32)
+    assert typed(*words, "--out", tmp_path / "plain.png").status == 0
+    recipe = "{class_path: RandomMasks, init_args: {ratio: 0.75}}"
+    assert typed(*words, "--masks", recipe, "--patch", 8, "--out", tmp_path / "masked.png").status == 0
+    plain, masked = (np.array(Image.open(tmp_path / name)).astype(float) for name in ("plain.png", "masked.png"))
+    row = slice(22, 54)
+    for column in range(5):
+        cell = slice(6 + column * 38, 38 + column * 38)
+        a, b = plain[row, cell], masked[row, cell]
+        hidden = np.abs(b - (0.15 * a + 0.85 * 128)).max(2) < 0.51
+        patches = hidden.reshape(4, 8, 4, 8).transpose(0, 2, 1, 3).reshape(16, 64).all(1)
+        assert patches.sum() == (12 if column in (1, 2) else 0), column
+
+
 def test_a_checkpoint_looks_at_other_data(run, folder, tmp_path):
     said = typed("look", run.last, "--data", folder, "--out", tmp_path / "other.png", "--samples", 2)
     assert said.status == 0 and "pets" in said.out
@@ -106,6 +122,14 @@ def test_looking_changes_no_random_state(folder):
         (["--data", "pets", "--samples", "0"], ["--samples", "at least 1"]),
         (["gone.ckpt"], ["there is no file gone.ckpt"]),
         (["CHECKPOINT", "--views", "dino"], ["--views is the checkpoint's own"]),
+        (["CHECKPOINT", "--masks", "BlockMasks"], ["--masks is the checkpoint's own"]),
+        (["--data", "pets", "--masks", "Blocks"], ["--masks Blocks is no recipe", "BlockMasks", "ScatteredMasks"]),
+        (
+            ["--data", "pets", "--views", "dino_small", "--masks", "BlockMasks", "--patch", "5"],
+            ["--patch 5", "global views of 32 px"],
+        ),
+        (["--data", "pets", "--masks", "{class_path: BlockMasks, init_args: {share: 2}}"], ["share is 2"]),
+        (["--data", "pets", "--masks", "{class_path: BlockMasks, init_args: {shar: 1}}"], ["shar", "init_args"]),
     ],
 )
 def test_a_mistake_is_one_message(run, folder, argv, words):
