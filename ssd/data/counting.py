@@ -1,14 +1,15 @@
 """What a file is worth counting for, read from its header alone: size, length and rate."""
 
 import os
-import wave
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
+from ssd.data.clips import VIDEO_SUFFIXES, BrokenClip, Clip
 from ssd.data.folder import MOST_CHANNELS, SUFFIXES
 from ssd.data.pictures import EXIF_ORIENTATION
+from ssd.data.sound import SOUND_SUFFIXES, BrokenSound, Sound
 
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations whose height is stored as width
 
@@ -48,17 +49,30 @@ def count_array(path: str) -> dict[str, float]:
     return {"height": height, "width": width}
 
 
-def count_wave(path: str) -> dict[str, float]:
+def count_sound(path: str) -> dict[str, float]:
+    """Samples that the file holds, whatever its header says of more."""
     try:
-        with wave.open(path, "rb") as sound:
-            return {"length": sound.getnframes(), "rate": sound.getframerate()}
-    except (wave.Error, EOFError) as error:
+        with open(path, "rb") as file, Sound(file) as sound:
+            return {"length": sound.length, "rate": sound.rate_hz}
+    except BrokenSound as error:
         raise OSError(str(error)) from None
+
+
+def count_clip(path: str) -> dict[str, float]:
+    """Frames that its packets hold, none of them decoded, and how many are shown a second on average."""
+    try:
+        with open(path, "rb") as file, Clip(file) as clip:
+            timeline = clip.timeline
+    except BrokenClip as error:
+        raise OSError(str(error)) from None
+    seconds = timeline.duration_s
+    return {"length": len(timeline)} | ({"rate": round(len(timeline) / seconds, 6)} if seconds > 0 else {})
 
 
 # last letters of a name -> what counts such files; a kind of data adds its own
 COUNTERS: dict[str, Callable[[str], dict[str, float]]] = {
     **dict.fromkeys(SUFFIXES, count_picture),
     ".npy": count_array,
-    ".wav": count_wave,
+    **dict.fromkeys(SOUND_SUFFIXES, count_sound),
+    **dict.fromkeys(VIDEO_SUFFIXES, count_clip),
 }

@@ -16,6 +16,7 @@ from ssd.data.manifest import read_manifest, write_manifest
 from ssd.data.sources import Subset, held_out, open_source
 from ssd.errors import UserError
 from tests.data.files import encoded, scene, write
+from tests.data.media_files import write_clip
 from tests.data.test_sampling import Numbers
 
 # ---------------------------------------------------------------- splits
@@ -184,6 +185,13 @@ def test_sizes_and_lengths_are_counted_from_headers(tmp_path):
         assert counted(str(tmp_path / name)) == {"height": 20, "width": 30}
     assert counted(str(tmp_path / "turned.jpg")) == {"height": 30, "width": 20}
     assert counted(str(tmp_path / "s.wav")) == {"length": 500, "rate": 8000}
-    for name, content in (("x.png", b"words"), ("x.npy", b"words"), ("x.wav", b"words"), ("x.doc", b"")):
+    cut = (tmp_path / "s.wav").read_bytes()[:-200]
+    assert counted(str(write(tmp_path / "cut.wav", cut))) == {"length": 400, "rate": 8000}, "what is there"
+    pytest.importorskip("soundfile").write(str(tmp_path / "s.flac"), np.zeros(700), 16000)
+    assert counted(str(tmp_path / "s.flac")) == {"length": 700, "rate": 16000}
+    pytest.importorskip("av")
+    assert counted(str(write_clip(tmp_path / "c.mp4", 24, fps=12))) == {"length": 24, "rate": 12}
+    broken = ("x.png", "x.npy", "x.wav", "x.flac", "x.mp4")
+    for name in (*broken, "x.doc"):
         with pytest.raises(OSError):
-            counted(str(write(tmp_path / name, content)))
+            counted(str(write(tmp_path / name, b"words")))
