@@ -29,6 +29,7 @@ from ssd.errors import UserError
 OPEN_FILES = 128  # that a process keeps: systems allow about a thousand, and data may lie in more shards
 AHEAD_BYTES = 1 << 20  # of a pass from start to end, in one request
 ATTEMPTS = 5
+PATIENCE_S, SLOWEST = 60.0, 100_000  # for an answer to begin, and bytes a second that are still waited for
 FIRST_WAIT_S = 0.5
 TIMEOUT_S = 60
 
@@ -102,7 +103,9 @@ class RemoteShard(Shard):
         for attempt in range(ATTEMPTS):
             try:
                 filesystem, path = filesystem_of(self.name)  # of this process: fsspec keeps one for each
-                data = filesystem.cat_file(path, start=offset, end=offset + size)
+                # a connection may die without a word, and would be waited for for ever
+                patience = {"timeout": PATIENCE_S + size / SLOWEST} if filesystem.async_impl else {}
+                data = filesystem.cat_file(path, start=offset, end=offset + size, **patience)
                 break
             except FileNotFoundError:
                 raise UserError(f"'{self.name}' is gone. It was there when the run began.") from None

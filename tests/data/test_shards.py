@@ -135,6 +135,25 @@ def test_two_ranks_of_two_workers_read_each_sample_once_and_go_on_exactly(server
     assert len(later) == 2 and all(equal(a, b) for a, b in zip(later, ranks[1][2:], strict=True))
 
 
+def test_a_connection_that_says_nothing_is_given_up_and_another_asked(server, monkeypatch):
+    shards(server.folder, count=1)
+    source = open_source(f"{server.url}/s-000.tar")
+    filesystem, _ = ssd.data.shards.filesystem_of(f"{server.url}/s-000.tar")
+    assert filesystem.async_impl
+    read, silent = filesystem.cat_file, []
+
+    def first_silent(*arguments, timeout, **settings):
+        if not silent:
+            silent.append(timeout)
+            raise TimeoutError
+        return read(*arguments, timeout=timeout, **settings)
+
+    monkeypatch.setattr(filesystem, "cat_file", first_silent)
+    monkeypatch.setattr(ssd.data.shards, "FIRST_WAIT_S", 0.01)
+    assert source.open(5) == picture(5)
+    assert silent and 60 <= silent[0] < 200
+
+
 def test_other_places_are_read_by_fsspec(tmp_path, monkeypatch):
     import fsspec
 
