@@ -121,13 +121,14 @@ def joined_labels(sources: list[Source], names: list[str]) -> tuple[list[str] | 
             "told to be the same. Give all parts names, or use labels: false."
         )
     classes = sorted({name for source in sources for name in source.classes or ()}) if named else None
+    place = {name: number for number, name in enumerate(classes or ())}
     labels = []
     for source in sources:
         own = source.labels
         if own is None:
             own = np.full(len(source), -1, np.int64)
         elif classes is not None and source.classes is not None:
-            own = np.array([*(classes.index(name) for name in source.classes), -1])[own]
+            own = np.array([*(place[name] for name in source.classes), -1])[own]
         labels.append(own)
     return classes, np.concatenate(labels)
 

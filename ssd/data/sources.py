@@ -11,7 +11,7 @@ import numpy as np
 from ssd.data import arrays
 from ssd.data.arrays import ArraySource
 from ssd.data.collections import open_collection
-from ssd.data.folder import LIST_SUFFIXES, SUFFIXES, FolderSource
+from ssd.data.folder import LIST_SUFFIXES, SUFFIXES, FolderSource, picture_files
 from ssd.data.memory import SharedArray
 from ssd.data.parquet import ParquetSource
 from ssd.data.randomness import generator
@@ -98,7 +98,8 @@ class Renamed:
             )
         self.source = source
         self.classes: list[str] | None = classes
-        number = np.array([*(classes.index(name) for name in source.classes), -1])
+        place = {name: number for number, name in enumerate(classes)}
+        number = np.array([*(place[name] for name in source.classes), -1])
         self._labels = SharedArray.of(number[source.labels])
 
     def __len__(self) -> int:
@@ -153,6 +154,7 @@ def open_source(path: str | Path, labels: bool | str = "auto") -> Source:
         for suffix in SHARDS:
             shards = sorted(str(file) for file in Path(text).glob(f"[!.]*{suffix}"))
             if shards:
+                refuse_pictures_beside(shards, text)
                 return of_files(one_split(shards, text), text, labels)
         return FolderSource(text, labels)
     if text.endswith(SHARDS):
@@ -167,6 +169,17 @@ def open_source(path: str | Path, labels: bool | str = "auto") -> Source:
 
 
 SHARDS = (".parquet", ".tar")
+
+
+def refuse_pictures_beside(shards: list[str], folder: str) -> None:
+    """Raises UserError where a folder of shards holds pictures as well, such as those that a shard was packed from."""
+    # arrays beside shards are something else: labels, features
+    picture = next(picture_files(folder, tuple(suffix for suffix in SUFFIXES if suffix != ".npy")), None)
+    if picture is not None:
+        raise UserError(
+            f"folder '{folder}' holds {os.path.basename(shards[0])} and pictures as well, for instance {picture}. Give "
+            f"{os.path.join(folder, '*' + Path(shards[0]).suffix)} to read the former, or move it elsewhere to read the latter."
+        )
 
 
 def of_files(files: list[str], text: str, labels: bool | str) -> Source:

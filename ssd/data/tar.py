@@ -27,7 +27,7 @@ from ssd.errors import UserError
 
 LABEL_SUFFIXES = (".cls", ".cls.txt", ".label", ".label.txt")
 METADATA_LABELS = ("label", "cls", "class", "target")
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 AT_ONCE = 8  # shards elsewhere that are indexed at the same time
 
 

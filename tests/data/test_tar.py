@@ -12,7 +12,7 @@ import pytest
 from ssd.data.shards import OPEN_FILES
 from ssd.data.sources import open_source
 from ssd.data.tar import TarSource, expand_braces
-from ssd.data.tar_headers import pax_path
+from ssd.data.tar_headers import pax_value
 from ssd.errors import UserError
 from tests.data.files import encoded
 
@@ -46,6 +46,42 @@ def test_every_kind_of_header_is_read(tmp_path, form):
     assert len(source) == 3 and source.labels is None
     assert [source.open(i) for i in range(3)] == [picture(n) for n in (1, 2, 3)]
     assert source.describe(1) == f"{tmp_path / 'one.tar'}: {long_name}"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_links_to_earlier_files_are_those_files(tmp_path, form):
+    long_name = f"a/{'x' * 90}.png" if form == "ustar" else f"a/{'x' * 150}.png"
+    with tarfile.open(tmp_path / "one.tar", "w", format=FORMATS[form]) as shard:
+        for name, kind, target in (
+            (long_name, tarfile.REGTYPE, ""),
+            ("b/hard.png", tarfile.LNKTYPE, long_name),
+            ("b/soft.png", tarfile.SYMTYPE, f"../{long_name}"),
+            ("b/again.png", tarfile.SYMTYPE, "hard.png"),
+            ("b/dangling.png", tarfile.SYMTYPE, "elsewhere.png"),
+            ("last.png", tarfile.REGTYPE, ""),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            content = picture(7 if name == "last.png" else 1) if kind == tarfile.REGTYPE else b""
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+    source = TarSource(tmp_path / "one.tar")
+    names = [source.describe(i).rpartition(": ")[2] for i in range(len(source))]
+    assert names == [long_name, "b/hard.png", "b/soft.png", "b/again.png", "last.png"]
+    assert [source.open(i) for i in range(5)] == [picture(1)] * 4 + [picture(7)]
+
+
+def test_a_folder_of_pictures_with_a_shard_beside_them_is_asked_about(tmp_path):
+    write(tmp_path / "packed.tar", samples(2))
+    (tmp_path / "features.npy").write_bytes(b"not read")
+    assert len(open_source(tmp_path)) == 2
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "1.png").write_bytes(picture(1))
+    with pytest.raises(
+        UserError, match=r"holds packed.tar and pictures as well, for instance cats/1.png. Give .*\*.tar"
+    ):
+        open_source(tmp_path)
+    assert len(open_source(f"{tmp_path}/*.tar")) == 2
 
 
 def test_shards_are_one_source_with_their_labels(tmp_path):
@@ -176,7 +212,7 @@ def test_a_shard_that_was_written_again_is_not_read_through_the_old_file(tmp_pat
 
 
 def test_a_pax_header_of_no_length_is_read_to_its_end():
-    assert pax_path(b"0 path=x\n") is None and pax_path(b"9 path=x\n") == "x"
+    assert pax_value(b"0 path=x\n", b"path") is None and pax_value(b"9 path=x\n", b"path") == "x"
 
 
 def test_missing_shards_are_counted(tmp_path):
