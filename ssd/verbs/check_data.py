@@ -158,7 +158,7 @@ def findings_of(name: str, parts: dict[str, Examined], found: Repeats, data: Any
     part = parts[name]
     leaks = [] if name == TRAINING else say.leaks(name, TRAINING, parts, found)
     if name == AGAINST:
-        return leaks
+        return [*say.not_compared(name, part), *leaks]
     return [
         *say.broken(name, part, data.max_broken_share),
         *leaks,

@@ -56,16 +56,21 @@ class ClipView(View):
 
     def __post_init__(self):
         super().__post_init__()
-        check_count("frames", self.frames)
-        if (self.fps is None) == (self.step is None):
-            raise UserError(
-                f"fps is {self.fps!r} and step is {self.step!r}. Give one of them, and null for the other: frames by time "
-                "or every step-th frame."
-            )
-        if self.fps is not None and (not is_number(self.fps) or not 0 < self.fps < 10_000):
-            raise UserError(f"fps is {self.fps!r}. Give frames a second, a number above 0.")
-        if self.step is not None:
-            check_count("step", self.step)
+        check_times(self.frames, self.fps, self.step)
+
+
+def check_times(frames: int, fps: float | None, step: int | None, kind: str = "") -> None:
+    """Raises UserError for frames that cannot be placed in time; `kind` stands before the settings' names."""
+    check_count(f"{kind}frames", frames)
+    if (fps is None) == (step is None):
+        raise UserError(
+            f"{kind}fps is {fps!r} and {kind}step is {step!r}. Give one of them, and null for the other: frames by time or "
+            "every step-th frame."
+        )
+    if fps is not None and (not is_number(fps) or not 0 < fps < 10_000):
+        raise UserError(f"{kind}fps is {fps!r}. Give frames a second, a number above 0.")
+    if step is not None:
+        check_count(f"{kind}step", step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +130,8 @@ class ClipViews(PictureViews):
         check_size("local_size", self.local_size)
         check_scale("global_scale", self.global_scale)
         check_scale("local_scale", self.local_scale)
+        check_times(self.global_frames, self.global_fps, self.global_step, "global_")
+        check_times(self.local_frames, self.local_fps, self.local_step, "local_")
         if len(self.blur_prob) != 2:
             raise UserError(f"blur_prob is {list(self.blur_prob)}. Give two probabilities: global and local views.")
         super().__post_init__()

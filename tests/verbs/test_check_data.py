@@ -128,8 +128,10 @@ def test_what_is_trained_on_and_held_out_is_found(folder, tmp_path, check):
     assert said.status == 0, "a run would not stop"
     assert "1 of 20 (5.0%) held-out pictures are in the training data" in found(content, "leakage")[0]["text"]
     assert [name.rpartition("/")[2] for name in content["parts"]["held-out"]["in_training"]] == ["00.png"]
+    write(tmp_path / "val" / "torn.png", b"no picture")
     _, content = check(folder, "--against", tmp_path / "val", *SMALL, "--data.val_share", 0)
-    assert "1 of 20 (5.0%) other pictures are in the training data" in found(content, "leakage")[0]["text"]
+    assert "1 of 21 (4.8%) other pictures cannot be read and were not compared" in found(content, "broken")[0]["text"]
+    assert "1 of 21 (4.8%) other pictures are in the training data" in found(content, "leakage")[0]["text"]
     assert list(content["parts"]) == ["training", "other"]
 
 

@@ -155,11 +155,11 @@ def test_normalising_is_by_channel():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"global_fps": 8.0, "global_step": 2}, "fps is 8.0 and step is 2"),
+        ({"global_fps": 8.0, "global_step": 2}, "global_fps is 8.0 and global_step is 2"),
         ({"global_fps": None}, "Give one of them"),
-        ({"local_step": 0, "local_fps": None}, "step is 0"),
-        ({"global_fps": -1.0}, "fps is -1.0"),
-        ({"global_frames": 0}, "frames is 0"),
+        ({"local_step": 0, "local_fps": None}, "local_step is 0"),
+        ({"global_fps": -1.0}, "global_fps is -1.0"),
+        ({"global_frames": 0}, "global_frames is 0"),
         ({"global_count": 0}, "global_count is 0"),
         ({"local_count": -1}, "local_count is -1"),
         ({"blur_prob": [0.5]}, "two probabilities"),

@@ -67,6 +67,16 @@ def broken(part: str, seen: Examined, max_share: float) -> list[Finding]:
     return [Finding(WARNING, "broken", f"{first} and are {what}: {shown}. Mend or remove them.")]
 
 
+def not_compared(part: str, seen: Examined) -> list[Finding]:
+    """Pictures of other data that cannot be read, so that nothing is known of them."""
+    if not seen.reasons:
+        return []
+    rows = sorted(seen.reasons)
+    shown = "; ".join(f"{seen.source.describe(row)}: {seen.reasons[row]}" for row in rows[:SHOWN])
+    text = f"{of(len(rows), len(seen))} {part} pictures cannot be read and were not compared: {shown}."
+    return [Finding(WARNING, "broken", text)]
+
+
 def blank(part: str, seen: Examined) -> list[Finding]:
     rows = np.flatnonzero(seen.records["blank"])
     if not len(rows):
