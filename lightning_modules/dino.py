@@ -32,6 +32,8 @@ class DINO(SelfDistillation):
         head_hidden_dim, head_bottleneck_dim, head_layers: sizes of the head's MLP.
         head_batch_norm: batch normalisation in the head; as published for ResNet-50, better on small data.
         norm_last_layer: holds the prototypes' gains at 1; false is better for ViT-S, unstable for larger models.
+        renormalize_prototypes: instead of weight normalisation, brings prototypes back to unit length after each step:
+            another path of training, cheaper with many prototypes.
         teacher_buffers: "own": the teacher normalises by batch and gathers its own statistics; "average":
             they are averaged like weights and the teacher evaluates.
     """
@@ -54,6 +56,7 @@ class DINO(SelfDistillation):
         head_layers: int = 3,
         head_batch_norm: bool = False,
         norm_last_layer: bool = True,
+        renormalize_prototypes: bool = False,
         teacher_buffers: str = "own",
         **engine,
     ):
@@ -70,6 +73,7 @@ class DINO(SelfDistillation):
             num_layers=head_layers,
             batch_norm=head_batch_norm,
             train_gain=not norm_last_layer,
+            renormalize=renormalize_prototypes,
         )
         self.student = Branch(backbone, head)
         self.teacher = EMA(self.student, buffers=teacher_buffers)

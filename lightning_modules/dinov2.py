@@ -50,6 +50,8 @@ class DINOv2(SelfDistillation):
         head_bottleneck_dim: width in which pictures are compared with prototypes, and patches where the head is shared.
         patch_head_bottleneck_dim: that of patches with a head of their own.
         norm_last_layer: holds the prototypes' gains at 1.
+        renormalize_prototypes: instead of weight normalisation, brings prototypes back to unit length after each step:
+            another path of training, cheaper with many prototypes.
     """
 
     student: PatchBranch
@@ -78,6 +80,7 @@ class DINOv2(SelfDistillation):
         patch_head_bottleneck_dim: int = 256,
         head_layers: int = 3,
         norm_last_layer: bool = False,
+        renormalize_prototypes: bool = False,
         lr: float | Schedule = Cosine(4e-3, 1e-6, warmup=0.1),  # noqa: B008
         lr_rule: str = "sqrt",
         lr_reference_batch: int = 1024,
@@ -116,6 +119,7 @@ class DINOv2(SelfDistillation):
         self.momentum = momentum
 
         sizes = {"hidden_dim": head_hidden_dim, "num_layers": head_layers, "train_gain": not norm_last_layer}
+        sizes["renormalize"] = renormalize_prototypes
 
         def head(prototypes: int, bottleneck: int) -> Any:
             return self.make_head(backbone.embed_dim, prototypes, bottleneck_dim=bottleneck, **sizes)

@@ -15,7 +15,7 @@ from lightning_modules.base import SelfDistillation, StepReport
 from ssd.backbones.base import Backbone
 from ssd.batch import Batch, Masks, Rows, Scores, Targets, Whole
 from ssd.errors import UserError
-from ssd.heads import PrototypeHead, Prototypes
+from ssd.heads import PrototypeHead, make_prototypes
 from ssd.losses.prototype import cross_view_cross_entropy, token_cross_entropy
 from ssd.masking.recipes import BlockMasks, Masking, require_whole_crops
 from ssd.patch_heads import PatchBranch, PatchHead
@@ -50,6 +50,8 @@ class IBOT(SelfDistillation):
             over all of them) or "masked" ones (as DINOv2; the head sees no others).
         head_hidden_dim, head_bottleneck_dim, head_layers: sizes of the head's MLP.
         norm_last_layer: holds the prototypes' gains at 1; false is better for ViT-S.
+        renormalize_prototypes: instead of weight normalisation, brings prototypes back to unit length after each step:
+            another path of training, cheaper with many prototypes.
     """
 
     student: PatchBranch
@@ -78,6 +80,7 @@ class IBOT(SelfDistillation):
         head_bottleneck_dim: int = 256,
         head_layers: int = 3,
         norm_last_layer: bool = False,
+        renormalize_prototypes: bool = False,
         **engine,
     ):
         super().__init__(views=views, **engine)
@@ -95,15 +98,16 @@ class IBOT(SelfDistillation):
         self.ibot_weight = ibot_weight
         self.momentum = momentum
 
+        lengths = {"train_gain": not norm_last_layer, "renormalize": renormalize_prototypes}
         head = PrototypeHead(
             backbone.embed_dim,
             num_prototypes,
             hidden_dim=head_hidden_dim,
             bottleneck_dim=head_bottleneck_dim,
             num_layers=head_layers,
-            train_gain=not norm_last_layer,
+            **lengths,
         )
-        own = None if shared_head else Prototypes(head_bottleneck_dim, num_prototypes, not norm_last_layer)
+        own = None if shared_head else make_prototypes(head_bottleneck_dim, num_prototypes, **lengths)
         self.student = PatchBranch(backbone, PatchHead(head, own))
         self.teacher = EMA(self.student, without=("mask_token",))
         self.center: Centering | Sinkhorn = target_by_rule(target_rule, num_prototypes, center_momentum)

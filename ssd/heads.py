@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ssd.backbones.base import Backbone
 from ssd.batch import Scores
+from ssd.distributed import own_part
 from ssd.errors import UserError
 from ssd.precision import product_dtype
 
@@ -84,6 +85,56 @@ class PlainPrototypes(nn.Module):
         return self.weight.to(product_dtype(self.weight), copy=True)
 
 
+class UnitPrototypes(nn.Module):
+    """K directions that are brought back to unit length after every step instead of inside it.
+
+    Another path of training than weight normalisation: the gradient along a direction, which weight normalisation takes
+    out, is taken and undone. It saves the passes over K x d numbers that weight normalisation costs in each forward and
+    backward pass, and there are no gains.
+    """
+
+    def __init__(self, dim: int, num_prototypes: int):
+        super().__init__()
+        check_num_prototypes(num_prototypes)
+        self.weight = nn.Parameter(F.normalize(torch.randn(num_prototypes, dim), dim=1))
+
+    def forward(self) -> Tensor:
+        """(K, d), in the dtype that they will be multiplied in."""
+        # a copy: a sharded network's parameters are given back when its forward pass ends
+        return self.weight.to(product_dtype(self.weight), copy=True)
+
+    @torch.no_grad()
+    def restore_length(self) -> None:
+        """Every row at unit length; of a sharded network those that this rank holds."""
+        weight = own_part(self.weight.detach())
+        for rows in rows_in_turn(weight):
+            weight[rows] /= torch.linalg.vector_norm(weight[rows], dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def restore_lengths(network: nn.Module) -> None:
+    """Brings the prototypes of a network that are kept at unit length back to it."""
+    for part in network.modules():
+        if isinstance(part, UnitPrototypes):
+            part.restore_length()
+
+
+def make_prototypes(
+    dim: int, num_prototypes: int, *, train_gain: bool = False, weight_norm: bool = True, renormalize: bool = False
+) -> Prototypes | PlainPrototypes | UnitPrototypes:
+    """Prototypes under weight normalisation, with gains that learn or not, renormalised after each step, or plain.
+
+    Raises UserError for gains that learn where there are none.
+    """
+    if renormalize and train_gain:
+        raise UserError(
+            "renormalize_prototypes: true keeps prototypes at unit length, and norm_last_layer: false lets their lengths "
+            "learn. Set norm_last_layer: true with it."
+        )
+    if renormalize:
+        return UnitPrototypes(dim, num_prototypes)
+    return Prototypes(dim, num_prototypes, train_gain) if weight_norm else PlainPrototypes(dim, num_prototypes)
+
+
 def check_num_prototypes(num_prototypes: int) -> None:
     if num_prototypes < 1:
         raise UserError(
@@ -106,6 +157,7 @@ class PrototypeHead(nn.Module):
         batch_norm: after each hidden layer; as published for ResNet-50, and much better on small data.
         train_gain: see `Prototypes`.
         weight_norm: false for `PlainPrototypes`.
+        renormalize: `UnitPrototypes` instead.
     """
 
     def __init__(
@@ -119,6 +171,7 @@ class PrototypeHead(nn.Module):
         batch_norm: bool = False,
         train_gain: bool = False,
         weight_norm: bool = True,
+        renormalize: bool = False,
     ):
         super().__init__()
         if num_layers < 1:
@@ -135,11 +188,9 @@ class PrototypeHead(nn.Module):
                 layers += [nn.BatchNorm1d(width_out)] if batch_norm else []
                 layers.append(nn.GELU())
         self.mlp = nn.Sequential(*layers)
-        self.last_layer: Prototypes | PlainPrototypes
-        if weight_norm:
-            self.last_layer = Prototypes(bottleneck_dim, num_prototypes, train_gain)
-        else:
-            self.last_layer = PlainPrototypes(bottleneck_dim, num_prototypes)
+        self.last_layer = make_prototypes(
+            bottleneck_dim, num_prototypes, train_gain=train_gain, weight_norm=weight_norm, renormalize=renormalize
+        )
 
     def forward(self, features: Tensor) -> Scores:
         """(..., D) -> Scores with features (..., d) of unit length and prototypes (K, d)."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ssd.batch import Scores
 from ssd.errors import UserError
-from ssd.heads import PrototypeHead, Prototypes
+from ssd.heads import PrototypeHead, make_prototypes
 
 
 class NestedHead(nn.Module):
@@ -61,6 +61,7 @@ class ProjectedHead(nn.Module):
         bottleneck_dim: int = 256,
         num_layers: int = 3,
         train_gain: bool = False,
+        renormalize: bool = False,
     ):
         super().__init__()
         widths = [width] + [hidden_dim] * (num_layers - 1) + [bottleneck_dim]
@@ -72,7 +73,9 @@ class ProjectedHead(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
         self.mlp = nn.Sequential(*layers)
-        self.last_layer = Prototypes(bottleneck_dim, num_prototypes, train_gain)
+        self.last_layer = make_prototypes(
+            bottleneck_dim, num_prototypes, train_gain=train_gain, renormalize=renormalize
+        )
 
     def forward(self, features: Tensor) -> Scores:
         """(..., D) -> Scores with features (..., d)."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssd.backbones.base import Backbone
 from ssd.batch import Scores, Tokens
-from ssd.heads import PrototypeHead, Prototypes
+from ssd.heads import PrototypeHead
 
 
 @dataclass
@@ -38,7 +38,7 @@ class PatchHead(nn.Module):
         patch_prototypes: those of patches; None where they are the pictures'.
     """
 
-    def __init__(self, head: PrototypeHead, patch_prototypes: Prototypes | None = None):
+    def __init__(self, head: PrototypeHead, patch_prototypes: nn.Module | None = None):
         super().__init__()
         self.head = head
         self.patch_last_layer = patch_prototypes

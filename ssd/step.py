@@ -18,6 +18,7 @@ from ssd.backbones.base import Backbone
 from ssd.batch import Batch, Targets
 from ssd.distributed import is_sharded, own_part, sum_over_ranks, world_size
 from ssd.errors import UserError
+from ssd.heads import restore_lengths
 from ssd.losses.prototype import entropy
 from ssd.masking.batch import MaskPlan
 from ssd.masking.recipes import Masking
@@ -296,7 +297,9 @@ class Step(Recorded, nn.Module):
                             parameter.grad = None
                 self._write_rates(plan, optimizer, batch.total)
                 optimizer.step()
+            restore_lengths(self.student)
             self.update(targets)
+            restore_lengths(self)  # averages of unit vectors are shorter
         if scaler is not None:
             scaler.update()
         for optimizer in optimizers:

@@ -4,7 +4,7 @@ from torch.testing import assert_close
 
 from ssd.batch import Tokens
 from ssd.errors import UserError
-from ssd.heads import Branch, PrototypeHead, Prototypes, WeightNorm
+from ssd.heads import Branch, PrototypeHead, Prototypes, UnitPrototypes, WeightNorm, restore_lengths
 
 
 def test_prototypes_are_torch_weight_norm_and_so_are_their_gradients():
@@ -99,3 +99,21 @@ def test_prototypes_are_made_block_by_block_and_come_in_the_dtype_of_products(mo
 def test_under_float16_prototypes_keep_their_digits():
     with torch.autocast("cpu", torch.float16):
         assert Prototypes(8, 32)().dtype == torch.float32
+
+
+def test_unit_prototypes_come_back_to_unit_length_in_their_own_direction(monkeypatch):
+    monkeypatch.setattr("ssd.heads.ROWS_AT_A_TIME", 5)
+    head = PrototypeHead(12, 32, hidden_dim=16, bottleneck_dim=8, renormalize=True)
+    assert isinstance(head.last_layer, UnitPrototypes)
+    assert_close(head.last_layer().norm(dim=1), torch.ones(32))
+    moved = head.last_layer.weight.data.mul_(torch.linspace(0.5, 3, 32)[:, None]).add_(0.1).clone()
+    restore_lengths(head)
+    assert_close(head.last_layer(), torch.nn.functional.normalize(moved, dim=1))
+    moved[3] = head.last_layer.weight.data[3] = 0.0
+    restore_lengths(head)
+    assert not head.last_layer.weight[3].any(), "a direction of no length stays as it is"
+
+
+def test_unit_prototypes_have_no_gains():
+    with pytest.raises(UserError, match="Set norm_last_layer: true"):
+        PrototypeHead(8, 16, train_gain=True, renormalize=True)

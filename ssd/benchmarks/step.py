@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Case:
     Args:
         arguments: of the timm model, for a smaller one.
         half: ours under bf16 autocast.
+        renormalized: our prototypes at unit length after each step, instead of weight norm inside it.
     """
 
     network: str = "vit_tiny_patch16_224"
@@ -52,6 +54,7 @@ class Case:
     batch: int = 32
     prototypes: int = 4096
     half: bool = False
+    renormalized: bool = False
     device: str = "cpu"
 
     def name(self) -> str:
@@ -98,6 +101,7 @@ class Ours:
             weight_decay=WEIGHT_DECAY,
             momentum=MOMENTUM,
             freeze_last_layer=0.0,
+            renormalize_prototypes=case.renormalized,
         )
         self.module.to(case.device).train().begin(1_000_000, 1000)
         if compiled:
@@ -170,11 +174,12 @@ def clock() -> Callable[[], float]:
 
 
 def compare_steps(case: Case, rounds: int) -> list[Pair]:
-    """Ours in float32 and in bf16, beside lightly's loop in float32, in images/s."""
+    """Ours in float32 and in bf16, with exact weight norm and renormalised, beside lightly's loop in float32, in images/s."""
     theirs, pairs = Lightlys(replace(case, half=False)), []
-    for half in (False, True):
+    for half, renormalized in product((False, True), (False, True)):
         name = f"step, {case.name()}, {'bf16' if half else 'float32'} to float32"
-        ours = Ours(replace(case, half=half))
+        name += ", renormalised" if renormalized else ""
+        ours = Ours(replace(case, half=half, renormalized=renormalized))
         pairs.append(compare(name, ours, theirs, count=case.batch, rounds=rounds, unit="images/s", clock=clock()))
         del ours
     return pairs

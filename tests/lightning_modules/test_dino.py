@@ -51,6 +51,22 @@ class TestContractOfSinkhornAndTrainedGains(TestContract):
         return tiny(lr=1e-4, lr_rule="none", target_rule="sinkhorn", norm_last_layer=False, **engine)
 
 
+class TestContractOfRenormalisedPrototypes(TestContract):
+    def make(self, **engine):
+        return tiny(lr=1e-4, lr_rule="none", renormalize_prototypes=True, **engine)
+
+
+def test_renormalised_prototypes_are_unit_vectors_after_each_step_and_the_teacher_averages_them():
+    module = tiny(lr=0.1, lr_rule="none", renormalize_prototypes=True, momentum=0.5, freeze_last_layer=0.0)
+    optimizers = start(module)
+    old = module.teacher.network.head.last_layer.weight.clone()
+    module.take_step(random_batch(4, 0), optimizers)
+    new = module.student.head.last_layer.weight
+    assert (new - old).abs().max() > 0.01, "or nothing is tested"
+    assert_close(new.norm(dim=1), torch.ones(32))
+    assert_close(module.teacher.network.head.last_layer.weight, F.normalize((old + new) / 2, dim=1))
+
+
 # ---------------------------------------------------------------- against the card, restated
 
 
