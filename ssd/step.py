@@ -213,9 +213,10 @@ class Step(Recorded, nn.Module):
                 raise UserError(
                     f"masks are for '{kind}' views, and the views have {', '.join(kinds)}. Name one of them."
                 )
-            size = kinds[kind][0].size
-            grid = self.evaluated_backbone.grid(size, size)
-            plans[kind] = MaskPlan(recipe, len(kinds[kind]), grid, self.micro_batches)
+            grid_of, size = self.evaluated_backbone.grid, kinds[kind][0].size
+            others = {views.kinds()[kind][0].size for views in self.views.all_of_a_run()} - {size}
+            grids = tuple((other, grid_of(other, other)) for other in sorted(others))
+            plans[kind] = MaskPlan(recipe, len(kinds[kind]), grid_of(size, size), self.micro_batches, grids)
         return plans
 
     # ------------------------------------------------------------------ time

@@ -61,8 +61,9 @@ class TrainingPictures(Dataset[Samples]):
 
     def __getitems__(self, places: Sequence[tuple[int, ...]]) -> Samples:
         """A batch, all views in one block a kind. Raises as `__getitem__`."""
-        room = empty_views(self.views, len(places), self.pictures.channels)
-        draws = ViewDraws(self.views, [(self.seed, *place) for place in places])
+        views = self.views.at(self.seed, getattr(places, "step", 0))
+        room = empty_views(views, len(places), self.pictures.channels)
+        draws = ViewDraws(views, [(self.seed, *place) for place in places])
         seen: list[int] = []
         boxes: list[dict[str, np.ndarray]] = []
         waiting: list[np.ndarray] = []
@@ -127,7 +128,13 @@ class Collate:
             total=self.total,
             label=torch.tensor(samples.label) if self.labelled else None,
             masks={
-                name: plan.draw(len(samples.index), self.seed, samples.step, number, rank=self.rank, world=self.world)
+                name: plan.draw(
+                    len(samples.index),
+                    *(self.seed, samples.step, number),
+                    rank=self.rank,
+                    world=self.world,
+                    side=samples.views[name].shape[-1],
+                )
                 for number, (name, plan) in enumerate(sorted(self.masks.items()))
             },
             boxes={kind: view_major(table) for kind, table in samples.boxes.items()},

@@ -23,16 +23,22 @@ class MaskPlan:
         views: V, masks of each sample; as many as the kind has views, where it is one.
         grid: tokens of a view, (h, w), (t, h, w) or (t,).
         slices: equal parts in which the batch of a rank passes the student.
+        other_grids: of views whose size is not the same in every step: ((side in px, grid), ...)
     """
 
     recipe: Masking
     views: int
     grid: tuple[int, ...]
     slices: int = 1
+    other_grids: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
-    def draw(self, batch: int, *place: int, rank: int = 0, world: int = 1) -> Masks:
-        """The masks of this rank's `batch` samples; `place` is (seed, step) and whatever tells plans apart."""
-        return masks_for(self.recipe, self.views, batch, self.grid, *place, rank=rank, world=world, slices=self.slices)
+    def draw(self, batch: int, *place: int, rank: int = 0, world: int = 1, side: int | None = None) -> Masks:
+        """The masks of this rank's `batch` samples; `place` is (seed, step) and whatever tells plans apart.
+
+        `side` is that of the step's views, px.
+        """
+        grid = next((other for px, other in self.other_grids if px == side), self.grid)
+        return masks_for(self.recipe, self.views, batch, grid, *place, rank=rank, world=world, slices=self.slices)
 
 
 def masks_for(

@@ -1,12 +1,17 @@
 """View recipes by name. A recipe's settings are plain fields, so a config can name one or spell it out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import numpy as np
+
+from ssd.data.randomness import uniforms
 from ssd.errors import UserError
 from ssd.views.clips import ClipViews
 from ssd.views.sound import SoundViews
-from ssd.views.view import PictureViews, View, Views, check_scale, check_size, keep_as_tuples
+from ssd.views.view import PictureViews, View, Views, check_scale, check_size, is_number, keep_as_tuples
+
+SIZE = -7  # key of the numbers that choose a step's sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +130,57 @@ class DINOViews(PictureViews):
     @property
     def image_size(self) -> int:
         return self.global_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedDINOViews(DINOViews):
+    """DINOViews of another size from step to step, one in each step for all samples and processes.
+
+    What DINOv3's stage at high resolution is trained with. Siméoni et al. 2025, section 5.1. "gram" views, where there are
+    such, keep their proportion to the global ones: `gram_size` / `global_size`.
+
+    Args:
+        sizes: rows of three: side of the global views, side of the local views, px, and how often, relative to the others.
+    """
+
+    sizes: Sequence[Sequence[float]] = (
+        (512, 112, 0.3),
+        (768, 112, 0.3),
+        (768, 168, 0.3),
+        (768, 224, 0.05),
+        (768, 336, 0.05),
+    )
+    global_size: int = 512
+    local_size: int = 112
+
+    def __post_init__(self):
+        rows = [tuple(row) for row in self.sizes]
+        if not rows or any(len(row) != 3 or not is_number(row[2]) or row[2] <= 0 for row in rows):
+            raise UserError(
+                f"sizes is {[list(row) for row in rows]}. Give one row or more of global size, local size and a weight "
+                "above 0, for instance [[512, 112, 0.5], [768, 168, 0.5]]."
+            )
+        for row in rows:
+            for side in row[:2]:
+                check_size("a size in sizes", int(side) if side == int(side) else side)  # type: ignore[arg-type]
+        object.__setattr__(self, "sizes", tuple((int(row[0]), int(row[1]), float(row[2])) for row in rows))
+        super().__post_init__()
+
+    def all_of_a_run(self) -> tuple[Views, ...]:
+        return tuple(self._sized(int(large), int(small)) for large, small, _ in self.sizes)
+
+    def at(self, seed: int, step: int) -> Views:
+        weights = np.array([row[2] for row in self.sizes])
+        drawn = float(uniforms((1,), seed, step, SIZE)[0]) * weights.sum()
+        place = min(int(np.searchsorted(weights.cumsum(), drawn, side="right")), len(weights) - 1)
+        large, small, _ = self.sizes[place]
+        return self._sized(int(large), int(small))
+
+    def _sized(self, global_size: int, local_size: int) -> DINOViews:
+        own = {field.name: getattr(self, field.name) for field in fields(DINOViews)}
+        if self.gram_size is not None:
+            own["gram_size"] = round(self.gram_size / self.global_size * global_size)
+        return DINOViews(**own | {"global_size": global_size, "local_size": local_size})
 
 
 @dataclass(frozen=True, kw_only=True)

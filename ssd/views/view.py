@@ -71,6 +71,14 @@ class Views:
         """Name of the kind -> its views, one size a kind; a kind without views is absent."""
         raise NotImplementedError(f"{type(self).__name__} does not say which views it has: define `kinds`.")
 
+    def all_of_a_run(self) -> tuple["Views", ...]:
+        """The recipes that steps of a run take; more than one where they differ from step to step."""
+        return (self,)
+
+    def at(self, seed: int, step: int) -> "Views":
+        """The recipe of one step, the same for all its samples, a function of (seed, step)."""
+        return self
+
 
 def require_globals(views: Views, least: int, by: str) -> None:
     """Raises UserError unless there are so many "global" views for the method named `by`, and another to predict."""
