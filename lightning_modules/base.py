@@ -173,11 +173,6 @@ class SelfDistillation(Step, pl.LightningModule):
         self.stop_requested, self.last_report = False, None
         if self.step == 0:  # a checkpoint to go on with was read before
             if self.start_from is not None:
-                if is_sharded(next(self.student.parameters())):
-                    raise UserError(
-                        f"start_from: {self.start_from} cannot be read into networks that are spread over processes already. "
-                        "Begin the stage under strategy: ddp, and go on from its checkpoint under the sharded one."
-                    )
                 start_stage(self, self.start_from)
             self.begin_fresh()
 

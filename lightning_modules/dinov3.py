@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_modules.base import SelfDistillation, StepReport
 from ssd.backbones.base import Backbone
 from ssd.batch import Batch, Rows, Targets
-from ssd.distributed import is_sharded
 from ssd.errors import UserError
 from ssd.heads import PrototypeHead
 from ssd.losses.gram import gram_loss, resize_tokens
@@ -225,11 +224,6 @@ class DINOv3(SelfDistillation):
             self._anchor_to_teacher()
         else:
             network: Any = self.gram_teacher.network
-            if is_sharded(next(network.parameters())):
-                raise UserError(
-                    f"gram_anchor: {self.gram_anchor} cannot be read into a network that is spread over processes already. "
-                    "Begin the stage under strategy: ddp, and go on from its checkpoint under the sharded one."
-                )
             load_backbone_weights(network, self.gram_anchor)
 
     def _refreshes_after(self, done: int) -> bool:

@@ -40,9 +40,14 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def whole(value: Any) -> Any:
+    """A tensor that is sharded over ranks put together, on every rank; anything else as it is."""
+    return value.full_tensor() if is_sharded(value) else value
+
+
+def is_sharded(value: Any) -> bool:
     """Whether it is a DTensor, whose import takes half a second that few runs need."""
-    return hasattr(tensor, "to_local")
+    return hasattr(value, "to_local")
 
 
 def sum_of_rows(rows: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:

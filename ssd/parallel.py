@@ -1,11 +1,15 @@
 """What is done to a whole network so that it runs elsewhere or faster, values unchanged."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from ssd.backbones.base import Backbone
+from ssd.distributed import is_sharded
 from ssd.errors import UserError
 
 
@@ -28,6 +32,16 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
             for block in module.blocks:
                 fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+
+def load_whole(network: nn.Module, state: Mapping[str, Any]) -> None:
+    """Loads a whole state, which every rank holds, into a network that is spread over ranks or not."""
+    if not any(is_sharded(parameter) for parameter in network.parameters()):
+        network.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(network, dict(state), options=StateDictOptions(full_state_dict=True))
 
 
 def synchronise_batch_norm(network: nn.Module, device: torch.device) -> None:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ssd.distributed import is_sharded
+from ssd.distributed import is_sharded, whole
 from ssd.optim import Clip
 from ssd.parallel import shard
+from ssd.record import describe
 from ssd.sharded import Sharded
 from ssd.weights.checkpoint import read_checkpoint
+from ssd.weights.stages import start_stage
 from tests.contract import STEPS, flat_state, start
 from tests.lightning_modules import test_dino, test_dinov2, test_dinov3, test_ibot
 from tests.lightning_modules.runs import At, fit_as_rank, vit
@@ -49,30 +51,26 @@ def steps_of_rank(rank: int, world: int, method: str, clip: str):
             batch = contract.batch_for(module, step, rank, world)
             report = module.take_step(batch, optimizers)
             reports.append((report.terms, report.gradient_norm))
-    whole = {
-        name: value.full_tensor() if is_sharded(value) else value
-        for name, value in module.state_dict().items()
-        if isinstance(value, torch.Tensor)
-    }
-    return reports, {name: value.detach().clone() for name, value in whole.items()}
+    state = {name: whole(value) for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    return reports, {name: value.detach().clone() for name, value in state.items()}
 
 
 @pytest.mark.parametrize(
     ("method", "clip"), [("dino", "tensor"), ("ibot", "all"), ("dinov2", "module"), ("dinov3", "module")]
 )
 def test_two_processes_with_half_of_each_network_step_like_one_with_the_whole(pair, method, clip):
-    whole = made(method, clip)
+    one = made(method, clip)
     contract = CONTRACTS[method]()
-    optimizers = start(whole)
+    optimizers = start(one)
     expected = []
     for step in range(STEPS):
-        report = whole.take_step(contract.batch_for(whole, step), optimizers)
+        report = one.take_step(contract.batch_for(one, step), optimizers)
         expected.append((report.terms, report.gradient_norm))
     for reports, state in pair.run(steps_of_rank, method, clip):
         for (terms, norm), (terms_of_one, norm_of_one) in zip(reports, expected, strict=True):
             assert terms == pytest.approx(terms_of_one, abs=1e-4)
             assert norm == pytest.approx(norm_of_one, rel=1e-3)
-        state_of_one = flat_state(whole)
+        state_of_one = flat_state(one)
         assert state.keys() == state_of_one.keys()
         for name, value in state_of_one.items():
             assert_close(state[name], value, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
@@ -81,11 +79,7 @@ def test_two_processes_with_half_of_each_network_step_like_one_with_the_whole(pa
 def fit_sharded(rank: int, world: int, folder, strategy: str, method: dict, trainer: dict):
     chosen = {"strategy": Sharded() if strategy == "fsdp2" else strategy}
     module, error = fit_as_rank(rank, world, folder, vit, method, {**chosen, **trainer})
-    return error, {
-        name: value.full_tensor() if is_sharded(value) else value
-        for name, value in module.state_dict().items()
-        if isinstance(value, torch.Tensor)
-    }
+    return error, {name: whole(value) for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
 def test_a_run_under_fsdp2_is_the_run_under_ddp(pair, tmp_path):
@@ -116,8 +110,8 @@ def test_a_checkpoint_of_fsdp2_is_one_file_and_goes_on_exactly(pair, tmp_path):
 def go_on_as(rank: int, world: int, folder, file, strategy: str, method: dict):
     chosen = {"strategy": Sharded() if strategy == "fsdp2" else strategy, "resume": file}
     module, error = fit_as_rank(rank, world, folder, vit, method, chosen)
-    whole = {n: v.full_tensor() if is_sharded(v) else v for n, v in module.state_dict().items() if torch.is_tensor(v)}
-    return error, {name: value.detach().clone() for name, value in whole.items()}
+    state = {name: whole(value) for name, value in module.state_dict().items() if torch.is_tensor(value)}
+    return error, {name: value.detach().clone() for name, value in state.items()}
 
 
 @pytest.mark.parametrize(("before", "after"), [("fsdp2", "ddp"), ("ddp", "fsdp2")])
@@ -135,6 +129,38 @@ def test_a_run_may_change_how_it_is_spread_where_it_goes_on(pair, tmp_path, befo
 
 def stop_as(rank: int, world: int, folder, strategy: str, method: dict):
     return fit_sharded(rank, world, folder, strategy, method, {"callbacks": [At(7, ask_to_stop)]})
+
+
+def begin_stage_as(rank: int, world: int, file: str, anchor: str, spread: bool):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    module = test_dinov3.tiny(views=test_dinov3.GRAM, gram_anchor=anchor, start_from=file)
+    if spread:
+        mesh = init_device_mesh("cpu", (world,))
+        for network in (module.student, module.teacher.network, module.gram_teacher.network):
+            shard(network, mesh)
+    start_stage(module, file)
+    module.begin_fresh()
+    return {name: whole(value).clone() for name, value in module.state_dict().items() if torch.is_tensor(value)}
+
+
+@pytest.mark.parametrize("anchor", ["start", "file"])
+def test_a_stage_begins_with_networks_that_are_spread_as_with_whole_ones(pair, tmp_path, anchor):
+    torch.manual_seed(1)
+    earlier = test_dinov3.tiny()
+    for parameter in earlier.parameters():
+        parameter.data.uniform_(-1, 1)
+    file = tmp_path / "first.ckpt"
+    torch.save({"ssd": {"method": describe(earlier)}, "state_dict": earlier.state_dict()}, file)
+    anchor = str(file) if anchor == "file" else anchor
+    expected = begin_stage_as(0, 1, str(file), anchor, spread=False)
+    patches = "backbone.model.patch_embed.proj.weight"
+    assert torch.equal(
+        expected[f"gram_teacher.network.{patches.removeprefix('backbone.')}"], expected[f"teacher.network.{patches}"]
+    )
+    for state in pair.run(begin_stage_as, str(file), anchor, True):
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def ask_to_stop(trainer, module) -> None:

@@ -110,7 +110,9 @@ def strict_load(module: nn.Module, state: Mapping[str, Any], what: str) -> None:
         raise UserError(
             f"{what} does not fit {type(module).__name__}. {listed}. Use the name and arguments it was made with."
         )
-    module.load_state_dict(state)
+    from ssd.parallel import load_whole  # which imports backbones, which import this
+
+    load_whole(module, state)
 
 
 def shortened(keys: Iterable[str], most: int = 20) -> str:

@@ -1,5 +1,6 @@
 """The next stage of a recipe: networks and centres of a checkpoint under new settings."""
 
+from ssd.distributed import whole
 from ssd.errors import UserError
 from ssd.step import Step
 from ssd.weights.checkpoint import read_checkpoint, strict_load
@@ -18,9 +19,7 @@ def start_stage(module: Step, file: str) -> None:
             f"start_from: {file} was made by {method}, and this run is {type(module).__name__}. Give a checkpoint of the "
             "same method, or start from its backbone alone (backbone.weights)."
         )
-    own = module.state_dict()
     later = (*module.added_later, "_extra_state")
+    own = {key: whole(value) for key, value in module.state_dict().items() if key.startswith(later)}
     state = {key: value for key, value in checkpoint["state_dict"].items() if not key.startswith(later)}
-    strict_load(
-        module, state | {key: value for key, value in own.items() if key.startswith(later)}, f"start_from '{file}'"
-    )
+    strict_load(module, state | own, f"start_from '{file}'")
