@@ -88,3 +88,9 @@ class Frozen(Teacher):
 
     def update(self, student: nn.Module, momentum: float) -> None:
         """Nothing: it is frozen."""
+
+
+class NoTeacher(nn.Module):
+    """Stands where a method learns from the data alone, so that all that asks for a teacher finds one without a network."""
+
+    follows = False

@@ -348,3 +348,15 @@ def test_filled_blocks_mask_the_same_number_in_every_step():
     assert (masks.weight > 0).all(), "nothing is padded"
     with pytest.raises(UserError, match="filled: true is for masks whose shares are spread evenly"):
         BlockMasks(filled=True)
+
+
+@pytest.mark.parametrize(("keep", "tube"), [(4, False), (10, False), (3, True)])
+def test_a_number_of_tokens_to_keep_is_kept_exactly(keep, tube):
+    """DMAE's 4 and 10 of 196, where a share of 98 or 95 % would leave 3 or 9."""
+    grid = (2, 7, 7) if tube else (14, 14)
+    visible = (~RandomMasks(keep=keep, tube=tube).draw(1, 16, grid, 0, 0)).sum(-1)
+    assert (visible == keep * (2 if tube else 1)).all()
+    with pytest.raises(UserError, match="hides none"):
+        RandomMasks(keep=196).draw(1, 1, (14, 14), 0, 0)
+    with pytest.raises(UserError, match="Keep 1 token"):
+        RandomMasks(keep=0)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssd.backbones.base import Backbone, create, say_padding, tap_names
 from ssd.backbones.drop_path import set_drop_path
+from ssd.backbones.positions import sincos_positions
 from ssd.batch import Tokens
 from ssd.errors import UserError
 
@@ -36,6 +37,7 @@ class ViT(Backbone):
         weights: start from "timm", "timm:TAG", an exported folder, a weights file or a checkpoint.
         rgb_channels: which channels are red, green and blue, counted from 0, where `weights` are of an RGB network and
             the pictures have more channels; null = the first three.
+        fixed_positions: sines and cosines that are not trained (MAE) in place of learned positions.
         arguments: further arguments of the timm model, for instance {depth: 4, embed_dim: 96}.
     """
 
@@ -52,6 +54,7 @@ class ViT(Backbone):
         activation_checkpointing: bool = False,
         weights: str | None = None,
         rgb_channels: list[int] | None = None,
+        fixed_positions: bool = False,
         arguments: dict[str, Any] | None = None,
     ):
         super().__init__(name, in_chans, drop_path_rate, rgb_channels)
@@ -88,6 +91,8 @@ class ViT(Backbone):
                 f"img_size {img_size} of '{name}' is not a multiple of its patches of {self.patch_size} px. "
                 f"Use a multiple, for instance {list(fitting)}."
             )
+        if fixed_positions:
+            fix_positions(model, name)
         self.attention = self.find_attention()
         self.padding_said = False
         self.start_from(weights)
@@ -205,6 +210,18 @@ class ViT(Backbone):
         if visible is not None:
             each = [visible_rope(rotation, visible) for rotation in each]
         return each if len(each) > 1 else each * self.num_blocks
+
+
+@torch.no_grad()
+def fix_positions(model: Any, name: str) -> None:
+    """Sets learned positions to sines and cosines and freezes them; a class token's and registers' are 0."""
+    if getattr(model, "pos_embed", None) is None:
+        raise UserError(f"fixed_positions: '{name}' has no learned positions to replace. Leave it out.")
+    grid = tuple(model.patch_embed.grid_size)
+    positions = sincos_positions(grid, model.embed_dim)
+    model.pos_embed.zero_()
+    model.pos_embed[0, model.pos_embed.shape[1] - len(positions) :] = positions
+    model.pos_embed.requires_grad_(False)
 
 
 def replace_masked(patches: Tensor, masked: Tensor, mask_token: Tensor | None) -> Tensor:

@@ -47,22 +47,30 @@ class RandomMasks(Masking):
 
     Args:
         ratio: share that is masked; int(N (1 - ratio)) stay visible, as published.
+        keep: number of tokens that stay visible, instead of a ratio; of tubes those of each time slot.
         cell: side of the squares that are hidden as one, in tokens.
         tube: on a grid (t, h, w), hide the same places in every time slot, int(ratio h w) of them.
     """
 
     ratio: float = 0.75
+    keep: int | None = None
     cell: int = 1
     tube: bool = False
 
     def __post_init__(self):
         check_share("ratio", self.ratio)
         check_count("cell", self.cell)
+        if self.keep is not None and (self.keep < 1 or self.cell != 1):
+            raise UserError(f"keep is {self.keep} with cells of {self.cell}. Keep 1 token or more, hidden one by one.")
 
     def masks(self, views: int, batch: int, grid: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
         cells = in_cells(grid[1:] if self.tube else grid, self.cell)
         number = math.prod(cells)
         masked = floor(self.ratio * number) if self.tube else number - floor(number * (1 - self.ratio))
+        if self.keep is not None:
+            if self.keep >= number:
+                raise UserError(f"keep is {self.keep} of {number} tokens, which hides none. Keep fewer.")
+            masked = number - self.keep
         chosen = lowest(rng.random((views * batch, number)), masked)
         whole = expand(chosen, cells, self.cell)
         return np.repeat(whole[:, None], grid[0], axis=1) if self.tube else whole

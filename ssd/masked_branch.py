@@ -1,0 +1,76 @@
+"""An encoder of visible patches with a decoder behind it: what masked regression trains."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ssd.backbones.base import Backbone
+from ssd.batch import Masks, Tokens
+from ssd.decoders import ConvDecoder, MaskedDecoder
+from ssd.errors import UserError
+
+
+@dataclass
+class Decoded:
+    """What a `MaskedBranch` answers for M masks of each of B samples.
+
+    Args:
+        patches: (M, B, N, out_dim) predictions for all places.
+        cls: (M, B, out_dim) prediction of the class token, None where the decoder has none.
+        tokens: of the encoder, M * B samples of n visible patches.
+    """
+
+    patches: Tensor
+    cls: Tensor | None
+    tokens: Tokens
+
+
+class MaskedBranch(nn.Module):
+    """Backbone and decoder as one network, called once a step with all it is to see.
+
+    Args:
+        backbone: one that can encode `visible` patches alone.
+        decoder: what predicts for every place.
+    """
+
+    def __init__(self, backbone: Backbone, decoder: MaskedDecoder | ConvDecoder):
+        super().__init__()
+        self.backbone = backbone
+        self.decoder = decoder
+
+    def forward(self, pictures: Tensor, visible: Tensor, taps: Sequence[int | str] = ()) -> Decoded:
+        """What is predicted from visible patches.
+
+        Args:
+            pictures: (V, B, C, H, W).
+            visible: (M, B, n) sorted places; M is V, or several masks of the one view.
+            taps: of the backbone, in `Decoded.tokens`.
+        """
+        masks, batch = visible.shape[:2]
+        seen = pictures if len(pictures) == masks else pictures.expand(masks, *pictures.shape[1:])
+        places = visible.flatten(0, 1)
+        tokens = self.backbone(seen.flatten(0, 1), visible=places, taps=taps)
+        if isinstance(self.decoder, ConvDecoder):
+            decoded, cls = self.decoder(tokens.patches, places, tokens.grid), None
+        else:
+            decoded = self.decoder(tokens.patches, places, tokens.grid, tokens.cls)
+            cls = decoded[:, 0] if self.decoder.has_cls else None
+            decoded = decoded[:, 1:] if self.decoder.has_cls else decoded
+        cls = None if cls is None else cls.unflatten(0, (masks, batch))
+        return Decoded(decoded.unflatten(0, (masks, batch)), cls, tokens)
+
+
+def visible_places(masks: Masks) -> Tensor:
+    """(M, B, n) places that the student sees. Raises UserError for masks that hide another number in each sample."""
+    if masks.visible is None:
+        raise UserError(
+            "masks: this recipe hides another number of patches in each sample, and visible patches alone are encoded as one "
+            "table. Use RandomMasks, InverseSquareMasks or another recipe with a fixed count."
+        )
+    return masks.visible
+
+
+def has_cls(backbone: Backbone) -> bool:
+    """Whether the backbone answers a class token."""
+    return getattr(backbone.model, "cls_token", None) is not None

@@ -1,0 +1,62 @@
+"""What is done to features or pixels before a student regresses them. Pure functions, in float32."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def standardised(features: Tensor, eps: float = 1e-6) -> Tensor:
+    """Each vector (..., D) at mean 0 and *unbiased* variance 1: (t - mean) / sqrt(var_{D - 1} + eps).
+
+    Of features in dBOT (Liu et al. 2022), of a patch's pixels in MAE (He et al. 2022, section 3). Layer normalisation divides
+    by the biased variance, which for D = 4 is a sixth more.
+    """
+    exact = features.float()
+    variance, mean = torch.var_mean(exact, dim=-1, keepdim=True)
+    return (exact - mean) / (variance + eps).sqrt()
+
+
+def unit_length(features: Tensor) -> Tensor:
+    """Each vector (..., D) over its length."""
+    return F.normalize(features.float(), dim=-1)
+
+
+def layer_normed(features: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each vector (..., D) at mean 0 and variance 1, without gain and bias."""
+    return F.layer_norm(features.float(), features.shape[-1:], eps=eps)
+
+
+def instance_normed(features: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each channel of each sample (B, N, D) at mean 0 and variance 1 over the N tokens; one that is constant becomes 0.
+
+    Patches alone: a class token is none of them (data2vec 2.0, Baevski et al. 2022).
+    """
+    if features.shape[1] < 2:
+        raise ValueError(f"instance normalisation over {features.shape[1]} token says nothing: two or more are needed")
+    exact = features.float()
+    variance, mean = torch.var_mean(exact, dim=1, correction=0, keepdim=True)
+    return (exact - mean) / (variance + eps).sqrt()
+
+
+def average(layers: Sequence[Tensor]) -> Tensor:
+    """Mean of the same tokens in several layers, each (B, N, D) and normalised before: a few channels of a residual stream
+    are so large that they would be all that a plain mean shows."""
+    return torch.stack(tuple(layers)).mean(0)
+
+
+def patchified(pictures: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, p p C): patches row by row, the pixels of each row by row, channels last."""
+    batch, channels, height, width = pictures.shape
+    rows, columns = height // patch, width // patch
+    cut = pictures.reshape(batch, channels, rows, patch, columns, patch)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch * patch * channels)
+
+
+def unpatchified(patches: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of `patchified`: (B, N, p p C) -> (B, C, H, W)."""
+    batch, _, values = patches.shape
+    rows, columns = grid
+    cut = patches.reshape(batch, rows, columns, patch, patch, values // patch**2)
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, rows * patch, columns * patch)
