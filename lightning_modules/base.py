@@ -25,7 +25,7 @@ from ssd.resume import (
     restore_generators,
     spread_generators,
 )
-from ssd.schedules import Schedule, value_at
+from ssd.schedules import Schedule
 from ssd.step import NORMALISATIONS, Step, StepReport
 from ssd.teachers import Teacher
 from ssd.weights.stages import start_stage
@@ -113,9 +113,9 @@ class SelfDistillation(Step, pl.LightningModule):
         self.log("train/schedule/weight_decay", max(group["weight_decay"] for group in groups))
         for name, value in vars(self).items():
             if isinstance(value, Schedule) and name not in ("lr", "weight_decay"):
-                self.log(
-                    f"train/schedule/{name}", value_at(value, self.step - 1, self.total_steps, self.steps_per_epoch)
-                )
+                self.log(f"train/schedule/{name}", self.value_of(value, self.step - 1))
+        if len(self.stages) > 1:
+            self.log("train/schedule/stage", float(self.stage))
 
     @pl.LightningModule.trainer.setter  # type: ignore[attr-defined]
     def trainer(self, trainer: pl.Trainer | None) -> None:

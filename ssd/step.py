@@ -4,12 +4,14 @@
 states itself in `targets`, `losses` and `update`.
 """
 
-from collections.abc import Callable, Mapping
+import bisect
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -223,7 +225,34 @@ class Step(Recorded, nn.Module):
 
     def at(self, setting: str) -> float:
         """The value in force in this step of the setting of this name, number or schedule."""
-        return value_at(getattr(self, setting), self.step, self.total_steps, self.steps_per_epoch)
+        return self.value_of(getattr(self, setting), self.step)
+
+    def value_of(self, setting: float | Schedule, step: int) -> float:
+        """The value of a setting in a step of this run; in a run of stages schedules begin anew with each of them."""
+        begins = self.stage_begins()
+        number = bisect.bisect_right(begins, step) - 1
+        ends = begins[number + 1] if number + 1 < len(begins) else self.total_steps
+        return value_at(setting, step - begins[number], ends - begins[number], self.steps_per_epoch)
+
+    # ------------------------------------------------------------------ stages
+
+    stages: Sequence[float] = (1.0,)
+    """Lengths of a run's stages relative to each other; a method with more than one defines `begin_stage`."""
+
+    def stage_begins(self) -> list[int]:
+        """The first step of each stage."""
+        ends = np.cumsum(self.stages) / sum(self.stages)
+        return [0, *(round(float(end) * self.total_steps) for end in ends[:-1])]
+
+    @property
+    def stage(self) -> int:
+        """Which stage the next step belongs to, from 0."""
+        return bisect.bisect_right(self.stage_begins(), self.step) - 1
+
+    def begin_stage(self, number: int) -> None:
+        """What changes between the last step of a stage and the first of the next, whose number this is: weights, in place.
+        The optimiser has forgotten its moments by then, and schedules begin anew."""
+        raise NotImplementedError(f"{type(self).__name__} has stages and must define begin_stage")
 
     def begin(self, total_steps: int, steps_per_epoch: int) -> None:
         """Fixes the length of the run, which every schedule refers to.
@@ -307,6 +336,12 @@ class Step(Recorded, nn.Module):
             optimizer.zero_grad(set_to_none=True)
 
         self.step += 1
+        # here and not before the next step, so that a checkpoint between the two holds the new stage
+        if self.step in self.stage_begins()[1:] and self.step < self.total_steps:
+            for optimizer in optimizers:
+                optimizer.state.clear()
+            with torch.no_grad():
+                self.begin_stage(self.stage)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.not_finite else 0
         self.skipped_steps += bool(report.not_finite)
         self.last_report = report
@@ -321,8 +356,8 @@ class Step(Recorded, nn.Module):
 
     def _write_rates(self, plan: Optimized, optimizer: Optimizer, batch: int) -> None:
         lr = resolve_lr(plan.lr, self.lr_rule, self.lr_reference_batch, batch)
-        lr = value_at(lr, self.step, self.total_steps, self.steps_per_epoch)
-        weight_decay = value_at(plan.weight_decay, self.step, self.total_steps, self.steps_per_epoch)
+        lr = self.value_of(lr, self.step)
+        weight_decay = self.value_of(plan.weight_decay, self.step)
         still = self.freeze_by == "rate" and self._frozen()
         for group in optimizer.param_groups:
             group["lr"] = 0.0 if still and group["last_layer"] else lr * group["lr_scale"]

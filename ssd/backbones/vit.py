@@ -15,6 +15,7 @@ from ssd.backbones.positions import sincos_positions
 from ssd.batch import Tokens
 from ssd.errors import UserError
 
+BEFORE_BLOCKS: tuple[int | str, ...] = (0, "block0")
 FAMILIES = {"vision_transformer", "deit", "eva"}  # timm's own modules
 
 
@@ -146,10 +147,10 @@ class ViT(Backbone):
         last = self.num_blocks if until is None else until
         if not 1 <= last <= self.num_blocks:
             raise UserError(f"until is {until}, expected a block of '{self.name}': 1 to {self.num_blocks}.")
-        wanted = tap_names(taps, last, self.num_blocks, self.name)
+        wanted = tap_names([tap for tap in taps if tap not in BEFORE_BLOCKS], last, self.num_blocks, self.name)
 
         grid, sequence, ropes = self.embed(x, masked, mask_token, visible)
-        tapped: dict[str, Tensor] = {}
+        tapped: dict[str, Tensor] = {"block0": sequence} if set(taps) & set(BEFORE_BLOCKS) else {}
         for number, block in enumerate(self.blocks[:last], 1):
             place: dict[str, Any] = {"rope": ropes[number - 1]} if self.rotary else {}
             if f"block{number}.mlp" in wanted:
