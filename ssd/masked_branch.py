@@ -1,7 +1,7 @@
 """An encoder of visible patches with a decoder behind it: what masked regression trains."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -19,11 +19,13 @@ class Decoded:
         patches: (M, B, N, out_dim) predictions for all places.
         cls: (M, B, out_dim) prediction of the class token, None where the decoder has none.
         tokens: of the encoder, M * B samples of n visible patches.
+        projected: name of a tap -> (M, B, prefix + n, width) what its projector makes of it.
     """
 
     patches: Tensor
     cls: Tensor | None
     tokens: Tokens
+    projected: dict[str, Tensor] = field(default_factory=dict)
 
 
 class MaskedBranch(nn.Module):
@@ -32,25 +34,31 @@ class MaskedBranch(nn.Module):
     Args:
         backbone: one that can encode `visible` patches alone.
         decoder: what predicts for every place.
+        projectors: name of a tap of the backbone, such as "block9" -> what brings it to a teacher's width.
     """
 
-    def __init__(self, backbone: Backbone, decoder: MaskedDecoder | ConvDecoder):
+    def __init__(
+        self,
+        backbone: Backbone,
+        decoder: MaskedDecoder | ConvDecoder,
+        projectors: Mapping[str, nn.Module] | None = None,
+    ):
         super().__init__()
         self.backbone = backbone
         self.decoder = decoder
+        self.projectors = nn.ModuleDict(projectors or {})
 
-    def forward(self, pictures: Tensor, visible: Tensor, taps: Sequence[int | str] = ()) -> Decoded:
+    def forward(self, pictures: Tensor, visible: Tensor) -> Decoded:
         """What is predicted from visible patches.
 
         Args:
             pictures: (V, B, C, H, W).
             visible: (M, B, n) sorted places; M is V, or several masks of the one view.
-            taps: of the backbone, in `Decoded.tokens`.
         """
         masks, batch = visible.shape[:2]
         seen = pictures if len(pictures) == masks else pictures.expand(masks, *pictures.shape[1:])
         places = visible.flatten(0, 1)
-        tokens = self.backbone(seen.flatten(0, 1), visible=places, taps=taps)
+        tokens = self.backbone(seen.flatten(0, 1), visible=places, taps=tuple(self.projectors))
         if isinstance(self.decoder, ConvDecoder):
             decoded, cls = self.decoder(tokens.patches, places, tokens.grid), None
         else:
@@ -58,7 +66,10 @@ class MaskedBranch(nn.Module):
             cls = decoded[:, 0] if self.decoder.has_cls else None
             decoded = decoded[:, 1:] if self.decoder.has_cls else decoded
         cls = None if cls is None else cls.unflatten(0, (masks, batch))
-        return Decoded(decoded.unflatten(0, (masks, batch)), cls, tokens)
+        projected = {
+            tap: projector(tokens.taps[tap]).unflatten(0, (masks, batch)) for tap, projector in self.projectors.items()
+        }
+        return Decoded(decoded.unflatten(0, (masks, batch)), cls, tokens, projected)
 
 
 def visible_places(masks: Masks) -> Tensor:

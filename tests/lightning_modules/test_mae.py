@@ -116,7 +116,7 @@ def test_visible_patches_cost_nothing_and_a_wrong_hidden_one_does():
             super().__init__()
             self.offset = offset
 
-        def forward(self, pictures, visible, taps=()):
+        def forward(self, pictures, visible):
             from ssd.masked_branch import Decoded
 
             return Decoded(targets.pixels + self.offset, None, None)
