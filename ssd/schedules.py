@@ -79,15 +79,17 @@ class Linear(Schedule):
 
     Args:
         until: how long the way takes, a share of the run or a count with its unit.
+        reaches_end: false: `end` is what would follow the last step of the way.
     """
 
     until: Length = 1.0
+    reaches_end: bool = True
 
     def _value(self, tick: int, ticks: int, length_in_ticks: Callable[[Length], int]) -> float:
         way = length_in_ticks(self.until)
         if tick >= way:
             return self.end
-        return self.start + (self.end - self.start) * tick / max(way - 1, 1)
+        return self.start + (self.end - self.start) * tick / (max(way - 1, 1) if self.reaches_end else way)
 
 
 @dataclass(frozen=True)

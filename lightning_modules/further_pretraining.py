@@ -1,0 +1,153 @@
+"""Further pretraining with self-distillation: a pretrained MAE goes on on the data at hand, and a second time from where it
+began, held near to what the first time made of whole pictures.
+
+Lee et al., "Self-Distillation for Further Pre-training of Transformers", ICLR 2023, arXiv 2210.02871.
+Departs from the published code: nothing.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_modules.base import SelfDistillation
+from ssd.backbones.base import Backbone
+from ssd.batch import Batch, Targets
+from ssd.decoders import MaskedDecoder
+from ssd.errors import UserError
+from ssd.losses.regression import squared_error
+from ssd.masked_branch import Decoded, MaskedBranch, has_cls, visible_places
+from ssd.masking.recipes import Masking, RandomMasks
+from ssd.normalisers import patchified, standardised
+from ssd.optim import AdamW, Clip, OptimizerRule
+from ssd.parallel import load_whole
+from ssd.schedules import Linear, Schedule
+from ssd.teachers import Frozen
+from ssd.views.view import Views
+from ssd.weights.checkpoint import read_checkpoint, strict_load
+
+DISTILLED = 1
+"""The stage with a teacher."""
+
+
+class WholeAndMasked(MaskedBranch):
+    """A `MaskedBranch` that is also asked for whole pictures."""
+
+    def forward(self, pictures: Tensor, visible: Tensor, whole: bool = False) -> tuple[Decoded, Tensor | None]:  # type: ignore[override]
+        """What is predicted from visible patches, and with `whole` the pooled features (V, B, D) of all patches."""
+        pooled = self.backbone(pictures.flatten(0, 1)).pooled().unflatten(0, pictures.shape[:2]) if whole else None
+        return super().forward(pictures, visible), pooled
+
+
+class FurtherPretraining(SelfDistillation):
+    """Further pretraining with self-distillation (Lee et al. 2023).
+
+    Args:
+        backbone: a ViT with the weights to go on from, unless `pretrained` gives them.
+        pretrained: checkpoint of an MAE run whose encoder and decoder are gone on with; null begins with the backbone's
+            weights and a new decoder.
+        views: recipe with a "global" view; published without any augmentation.
+        masks: how patches are hidden, the same number in each sample.
+        stages: lengths relative to each other. After the first the encoder becomes the teacher and the student is put back to
+            where it began; a single one is further pretraining without distillation.
+        distillation_weight: of the squared distance of class tokens, summed over dimensions.
+        normalize_pixels: predict each patch's pixels at mean 0 and variance 1.
+        decoder_dim, decoder_depth, decoder_heads: of the decoder's blocks.
+    """
+
+    student: WholeAndMasked
+    teacher: Frozen
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        pretrained: str | None = None,
+        views: str | Views = "plain",
+        masks: Masking = RandomMasks(0.75),  # noqa: B008 (frozen)
+        stages: Sequence[float] = (1.0, 1.0),
+        distillation_weight: float | Schedule = 1.0,
+        normalize_pixels: bool = True,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        lr: float | Schedule = Linear(1.5e-4, 0.0, reaches_end=False),  # noqa: B008
+        lr_rule: str = "none",
+        optimizer: OptimizerRule = AdamW(betas=(0.9, 0.95)),  # noqa: B008
+        weight_decay: float | Schedule = 0.01,
+        clip: Clip | None = None,
+        freeze_last_layer: float | str = 0.0,
+        **engine,
+    ):
+        super().__init__(
+            views=views,
+            lr=lr,
+            lr_rule=lr_rule,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            clip=clip,
+            freeze_last_layer=freeze_last_layer,
+            **engine,
+        )
+        backbone.require("visible", by="further pretraining")
+        if not masks.exact:
+            raise UserError(f"masks: {type(masks).__name__} hides another number in each sample. Use RandomMasks.")
+        if len(stages) not in (1, 2) or min(stages) <= 0:
+            raise UserError(f"stages: {list(stages)} cannot be. Give one length above 0, or two with distillation.")
+        if not isinstance(backbone.patch_size, int):
+            raise UserError(f"patches of {backbone.patch_size} px are not square, which pixels are cut into.")
+        self.masking = {"global": masks}
+        self.pretrained = pretrained
+        self.stages = tuple(stages)
+        self.distillation_weight = distillation_weight
+        self.normalize_pixels = normalize_pixels
+        self.patch = backbone.patch_size
+
+        decoder = MaskedDecoder(
+            backbone.embed_dim,
+            self.patch**2 * backbone.in_chans,
+            dim=decoder_dim,
+            depth=decoder_depth,
+            num_heads=decoder_heads,
+            has_cls=has_cls(backbone),
+        )
+        self.student = WholeAndMasked(backbone, decoder)
+        self.teacher = Frozen(copy.deepcopy(backbone))
+        self.origin = Frozen(copy.deepcopy(self.student))
+
+    def targets(self, batch: Batch) -> Targets:
+        pictures = batch.views["global"]
+        pixels = patchified(pictures.flatten(0, 1).float(), self.patch)
+        pixels = standardised(pixels) if self.normalize_pixels else pixels
+        features = self.teacher(pictures.flatten(0, 1)).pooled() if self.stage == DISTILLED else None
+        return Targets(
+            pixels=pixels.unflatten(0, pictures.shape[:2]),  # (V, B, N, p p C)
+            **({} if features is None else {"features": features.unflatten(0, pictures.shape[:2])}),  # (V, B, D)
+        )
+
+    def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+        masks, distilled = batch.masks["global"], self.stage == DISTILLED
+        decoded, pooled = self.student(batch.views["global"], visible_places(masks), whole=distilled)
+        samples = len(masks.boolean) * batch.total
+        error = torch.where(masks.boolean, squared_error(decoded.patches, targets.pixels), 0)  # (V, B, N)
+        terms = {"pixels": error.sum() / (samples * masks.boolean.sum(-1)[0, 0])}
+        if distilled:
+            terms["distillation"] = (pooled.float() - targets.features.float()).square().sum() / samples
+        return terms
+
+    def update(self, targets: Targets) -> None:
+        """Nothing: the teacher changes between the stages alone."""
+
+    def begin_fresh(self) -> None:
+        if self.pretrained is not None:
+            state = read_checkpoint(self.pretrained)["state_dict"]
+            student = {
+                key.removeprefix("student."): value for key, value in state.items() if key.startswith("student.")
+            }
+            strict_load(self.student, student, f"pretrained '{self.pretrained}'")
+        self.origin.network.load_state_dict(self.student.state_dict())
+
+    def begin_stage(self, number: int) -> None:
+        self.teacher.network.load_state_dict(self.student.backbone.state_dict())
+        load_whole(self.student, self.origin.network.state_dict())
