@@ -8,6 +8,7 @@ without memory (there biases of the patch embedding and moments stay, and proces
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,11 +105,11 @@ class DBOT(SelfDistillation):
 
     def targets(self, batch: Batch) -> Targets:
         pictures = batch.views["global"]
-        depth = self.teacher.network.num_blocks if self.stage > 0 else self.teacher_depth
+        teacher: Any = self.teacher.network
+        depth = teacher.num_blocks if self.stage > 0 else self.teacher_depth
         tokens = self.teacher(pictures.flatten(0, 1), taps=(depth,), until=max(depth, 1))
         features = standardised(tokens.taps[f"block{depth}"]).unflatten(0, pictures.shape[:2])  # before the final norm
-        prefix = self.teacher.network.num_prefix
-        return Targets(patches=features[:, :, prefix:], cls=features[:, :, 0])  # (V, B, N, D), (V, B, D)
+        return Targets(patches=features[:, :, teacher.num_prefix :], cls=features[:, :, 0])  # (V, B, N, D), (V, B, D)
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         masks = batch.masks["global"]

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -73,9 +75,7 @@ class MaskedDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
         rates = [drop_path_rate * number / max(depth - 1, 1) for number in range(depth)]
 
-        def norm(width: int, **_) -> nn.LayerNorm:
-            return nn.LayerNorm(width, eps=EPS)
-
+        norm: Any = partial(nn.LayerNorm, eps=EPS)
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, qkv_bias=True, drop_path=rate, norm_layer=norm) for rate in rates
         )
@@ -147,7 +147,8 @@ class ConvDecoder(nn.Module):
         noise = torch.randn(batch, math.prod(grid), dim, dtype=patches.dtype, device=patches.device) * self.noise
         planes = noise.scatter(1, visible[..., None].expand(-1, -1, dim), patches).mT.unflatten(2, grid)
         for layer in self.layers:
-            moved = F.layer_norm(layer(planes).permute(0, 2, 3, 1), layer.weight.shape[:1]).permute(0, 3, 1, 2)
+            moved = layer(planes).permute(0, 2, 3, 1)  # channels last
+            moved = F.layer_norm(moved, moved.shape[3:]).permute(0, 3, 1, 2)
             moved = F.gelu(moved)
             planes = planes + moved if planes.shape == moved.shape else moved
         return self.head(planes.flatten(2).mT)
