@@ -204,6 +204,16 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
             return {"training": training, "held-out": separate}
         return {"training": training} if bank is None else {"training": training, "held-out": queries}
 
+    def labelled_parts(self) -> tuple[Source, Source]:
+        """The labelled samples to learn from, and those that are held out to judge it. Raises UserError without labels."""
+        _, bank, queries = self._parts
+        if bank is None:
+            raise UserError(
+                "the data has no labels to learn from and to be judged by. Give data with labels (class folders, a list "
+                "file with labels, or a label column) by --data, with a part held out: data.val_path or data.val_share."
+            )
+        return bank, queries
+
     @property
     def classes(self) -> list[str] | None:
         """Names of the classes, None where there are no labels or they are plain numbers."""
@@ -286,6 +296,21 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
         rank, world = self._place()
         collate = self.collate(self.source.labels is not None, rank, world)
         return self._loader(samples, collate, persistent=True, batch_sampler=self.order(samples, rank, world))
+
+    def views_of(self, source: Source) -> Any:
+        """The views of a source's samples, as `training_samples` makes them, to be loaded by `loader_in_order`."""
+        self._prepared()
+        return self.training_samples(source, self._broken(source))
+
+    def loader_in_order(self, samples: Any, order: Sampler[list[Any]]) -> SampleLoader:
+        """Batches of what `views_of` gave, in an order of one's own."""
+        rank, world = self._place()
+        return self._loader(samples, self.collate(True, rank, world), persistent=True, batch_sampler=order)
+
+    def look_at(self, source: Source) -> SampleLoader:
+        """The evaluation look at every sample of a source."""
+        self._prepared()
+        return self._evaluation_loader(source)
 
     def val_dataloader(self) -> list[SampleLoader]:
         """The bank of labelled samples and the held-out ones; without labels only samples, in one loader."""

@@ -56,6 +56,21 @@ class Draws:
         return {**self.__dict__, "_kept": None}
 
 
+class Chosen(Draws):
+    """Some rows of the data and no others, each of them once an epoch.
+
+    Args:
+        rows: (M,) places of the samples that are drawn.
+    """
+
+    def __init__(self, length: int, rows: np.ndarray):
+        super().__init__(length, len(rows))
+        self.chosen = rows
+
+    def rows(self, seed: int, epoch: int) -> np.ndarray:
+        return self.chosen[permutation(self.size, seed, epoch)]
+
+
 def turns(order: np.ndarray) -> np.ndarray:
     """How often each entry stands in front of itself: 5 3 5 5 -> 0 0 1 2. (N,) int64"""
     by_sample = np.argsort(order, kind="stable")

@@ -25,10 +25,28 @@ def few_label_accuracy(
     per_class: int,
     draws: int = 20,
     seed: int = 0,
+    **settings,
+) -> Tensor:
+    """Accuracy on the test set of each draw of `per_class` labels per class. (draws,) float64 in [0, 1].
+
+    All arguments are those of `few_label_correct`.
+    """
+    correct = few_label_correct(train, train_labels, test, test_labels, per_class, draws, seed, **settings)
+    return correct.double().mean(1)
+
+
+def few_label_correct(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    per_class: int,
+    draws: int = 20,
+    seed: int = 0,
     l2: float = 1.0,
     num_classes: int | None = None,
 ) -> Tensor:
-    """Accuracy on the test set of each draw of `per_class` labels per class. (draws,) float64 in [0, 1].
+    """Whether each test sample is answered rightly after each draw of `per_class` labels per class. (draws, Q) bool.
 
     (N, D), (N,), (Q, D), (Q,). Features are standardised over the whole training set, labelled or not. `l2`
     multiplies half the squared length of the weights, beside the sum of the cross-entropy over the labelled
@@ -42,10 +60,10 @@ def few_label_accuracy(
     numbers = drawn.shape[1] * (train.shape[1] + num_classes) + len(test) * num_classes
     few = drawn.shape[1] < train.shape[1]  # then the axes of a draw are fewer
     shared = None if few else principal_axes(train)[0]
-    accuracies = []
+    correct = []
     for rows in drawn.split(max(1, NUMBERS_AT_ONCE // numbers)):
         basis = principal_axes(train[rows])[0] if shared is None else shared  # (draws, D, R) or (D, R)
         heads = fit_logistic(train[rows] @ basis, train_labels[rows], torch.full((len(rows),), l2), num_classes)
         heads = Heads(basis @ heads.weight, heads.bias)
-        accuracies.append((heads.logits(test).argmax(2) == test_labels).double().mean(1))
-    return torch.cat(accuracies)
+        correct.append(heads.logits(test).argmax(2) == test_labels)
+    return torch.cat(correct)

@@ -55,7 +55,7 @@ def published(name: str) -> tuple[Backbone, dict[str, Any]]:
     return backbone, looks(cfg.to_dict() if cfg is not None else backbone.model.pretrained_cfg)
 
 
-def adapter(name: str, kwargs: dict[str, Any], weights: str) -> Backbone:
+def adapter(name: str, kwargs: dict[str, Any], weights: str | None) -> Backbone:
     """ViT or ConvNet, whichever reads the network of that name."""
     own = {key: kwargs.pop(key) for key in ("in_chans", "img_size") if key in kwargs}
     for key in ("num_classes", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"):
