@@ -30,6 +30,7 @@ OWN_VERBS = {
     "check-data": "look at every picture before a run does: broken, repeated, tiny, leaked; loader speed",
     "look": "write the views of some samples, and what masks hide, as a PNG",
     "probe": "judge a checkpoint's frozen features: kNN, linear, few labels",
+    "compare": "several networks, random weights and pixels on the same probes, and whether they differ beyond chance",
     "finetune": "train a backbone with a linear head on all labels and on few",
     "curate": "cluster the features of a data set, to draw from all of it alike",
     "manifest": "write a table of a data set's files: labels, groups, sizes, lengths",

@@ -57,7 +57,8 @@ class Recipe:
         mixup, cutmix: parameter of the beta distribution that pictures are mixed by; 0 = not.
         label_smoothing: share of a label that is spread over all classes.
         ema: momentum of the average of the weights that is judged in place of the weights; 0 = none.
-        head: "linear" begins with logistic regression on the frozen features, "zero" with zeros.
+        head: "linear" begins with logistic regression on the frozen features, "zero" with zeros; null = linear, and zero on
+            random weights.
         held_out: share of the labels that chooses the epoch; 0, or too few of them = the last epoch.
         refit: train again on all labels up to the epoch that was chosen.
         precision: "32-true" or "bf16-mixed".
@@ -74,7 +75,7 @@ class Recipe:
     cutmix: float = 0.0
     label_smoothing: float = 0.0
     ema: float = 0.0
-    head: str = "linear"
+    head: str | None = None
     held_out: float = 0.1
     refit: bool = False
     precision: str = "32-true"
@@ -90,7 +91,7 @@ class Recipe:
         check("layer_decay", decay, 0 < decay <= 1, "a number above 0 and at most 1")
         check("batch_size", self.batch_size, self.batch_size >= 2, "2 or more")
         check("epochs", self.epochs, self.epochs is None or self.epochs >= 1, "1 or more")
-        check("head", self.head, self.head in HEADS, f"one of {', '.join(HEADS)}")
+        check("head", self.head, self.head in (None, *HEADS), f"one of {', '.join(HEADS)}")
         check("precision", self.precision, self.precision in ("32-true", "bf16-mixed"), "32-true or bf16-mixed")
 
     def length(self, samples: int) -> tuple[int, int, int]:
@@ -102,8 +103,10 @@ class Recipe:
         return self.epochs or max(EPOCHS, math.ceil(LEAST_STEPS / steps)), steps, batch
 
     def settled(self, learned: bool) -> "Recipe":
-        """For weights that have learned something, which lower layers should keep, or for random ones."""
-        return self if self.layer_decay is not None else replace(self, layer_decay=0.75 if learned else 1.0)
+        """For weights that have learned something, which lower layers should keep and a linear head can read, or for random
+        ones, where both would be in the way."""
+        layer_decay = self.layer_decay or (0.75 if learned else 1.0)
+        return replace(self, layer_decay=layer_decay, head=self.head or ("linear" if learned else "zero"))
 
     @property
     def mixes(self) -> bool:

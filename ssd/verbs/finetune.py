@@ -29,6 +29,7 @@ from ssd.verbs.study import Place, Result, Study
 from ssd.views.recipes import PlainViews, SupervisedViews
 
 SHARES = (0.01, 0.1, 1.0)
+CROP = 0.35
 
 
 def run(argv: list[str]) -> int:
@@ -210,7 +211,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--ema", type=float, default=0.0, help="momentum of averaged weights, as 0.999; default: 0, none"
     )
     group.add_argument(
-        "--head", default=default.head, choices=HEADS, help="begins at a linear probe's weights or at zero"
+        "--head",
+        choices=HEADS,
+        help="begins at a linear probe's weights or at zero; default: linear, and zero on random weights",
     )
     group.add_argument(
         "--held-out",
@@ -227,7 +230,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         help="default: bf16-mixed on a GPU, else 32-true",
     )
     views = parser.add_argument_group("views")
-    views.add_argument("--crop", type=float, default=0.35, help="smallest share of a picture in a view; default: 0.35")
+    views.add_argument(
+        "--crop", type=float, default=CROP, help=f"smallest share of a picture in a view; default: {CROP:g}"
+    )
     views.add_argument("--flip", type=float, help="probability; default: the checkpoint's, 0.5 where none is known")
     views.add_argument("--jitter", type=float, default=0.0, help="of brightness, contrast and saturation; default: 0")
 
@@ -250,7 +255,9 @@ def start_name(start: Start) -> str:
     return "random" if start.weights is None else "pretrained"
 
 
-def supervised_views(about: Mapping[str, Any], crop: float, flip: float | None, jitter: float) -> SupervisedViews:
+def supervised_views(
+    about: Mapping[str, Any], crop: float = CROP, flip: float | None = None, jitter: float = 0.0
+) -> SupervisedViews:
     """Views for labels at the network's own size, with what a checkpoint's views take for the same picture."""
     own = build(about["views"])
     kept: dict[str, float] = {}
