@@ -310,10 +310,10 @@ class Training:
             if held is not None:
                 row["held_out_top1"] = accuracy(judged, self.data.looks(held), device, recipe.precision)
             curve.append(row)
-            if held is None or best_of(curve) is row:
+            last = epoch == until
+            if last if held is None else best_of(curve) is row:
                 best = copy.deepcopy(judged.state_dict())
             after_epoch(row)
-            last = epoch == until
             if self.saved is not None and (last or self.save()):
                 state = {"curve": curve, "best": best, "network": network.state_dict()}
                 state["optimizer"] = optimizer.state_dict()
