@@ -49,7 +49,8 @@ class Recipe:
     Args:
         epochs: null = 30, or as many as make 400 steps.
         batch_size: at most so many pictures a step; steps of an epoch are of equal size.
-        lr: of the head at its peak; what lies below it learns at `layer_decay` of that, block after block.
+        lr: of the head at its peak; what lies below it learns at `layer_decay` of that, block after block; null = 1e-4, and
+            1e-3 for random weights.
         warmup: share of the steps in which the learning rate rises.
         layer_decay: in (0, 1]; 1 = the same rate everywhere; null = 0.75, and 1 for random weights.
         weight_decay: of all but biases and vectors.
@@ -66,7 +67,7 @@ class Recipe:
 
     epochs: int | None = None
     batch_size: int = 64
-    lr: float = 1e-3
+    lr: float | None = None
     warmup: float = 0.1
     layer_decay: float | None = None
     weight_decay: float = 0.05
@@ -86,9 +87,10 @@ class Recipe:
             check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
         for name in ("mixup", "cutmix"):
             check(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
-        check("lr", self.lr, 0 < self.lr < math.inf, "a number above 0")
-        decay = 1 if self.layer_decay is None else self.layer_decay
-        check("layer_decay", decay, 0 < decay <= 1, "a number above 0 and at most 1")
+        for name, most in (("lr", math.inf), ("layer_decay", 1.0)):
+            value = getattr(self, name)
+            expected = "a number above 0" + ("" if math.isinf(most) else " and at most 1")
+            check(name, value, value is None or (0 < value <= most and math.isfinite(value)), expected)
         check("batch_size", self.batch_size, self.batch_size >= 2, "2 or more")
         check("epochs", self.epochs, self.epochs is None or self.epochs >= 1, "1 or more")
         check("head", self.head, self.head in (None, *HEADS), f"one of {', '.join(HEADS)}")
@@ -103,10 +105,10 @@ class Recipe:
         return self.epochs or max(EPOCHS, math.ceil(LEAST_STEPS / steps)), steps, batch
 
     def settled(self, learned: bool) -> "Recipe":
-        """For weights that have learned something, which lower layers should keep and a linear head can read, or for random
-        ones, where both would be in the way."""
-        layer_decay = self.layer_decay or (0.75 if learned else 1.0)
-        return replace(self, layer_decay=layer_decay, head=self.head or ("linear" if learned else "zero"))
+        """What is null decided: for weights that have learned something, which lower layers should keep and a linear head
+        can read, or for random ones, where both would be in the way."""
+        lr, layer_decay, head = (1e-4, 0.75, "linear") if learned else (1e-3, 1.0, "zero")
+        return replace(self, lr=self.lr or lr, layer_decay=self.layer_decay or layer_decay, head=self.head or head)
 
     @property
     def mixes(self) -> bool:
@@ -265,7 +267,7 @@ class Training:
             network = Classifier(self.fresh(recipe.drop_path), self.data.num_classes).to(device)
         if before is None and recipe.head == "linear":
             begin_linear(network, self.data.looks(rows), device, recipe.precision)
-        assert recipe.layer_decay is not None, "settled"
+        assert recipe.lr is not None and recipe.layer_decay is not None, "settled"
         optimizer = AdamW().build(parameter_groups(network, "bias_and_1d", recipe.layer_decay))
         average = averaged(network, recipe.ema)
         judged = network if average is None else average.module

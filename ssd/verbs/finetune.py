@@ -193,7 +193,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     default = Recipe()
     group.add_argument("--epochs", type=int, help="default: 30, or as many as make 400 steps")
     group.add_argument("--batch-size", type=int, default=default.batch_size, help=f"default: {default.batch_size}")
-    group.add_argument("--lr", type=float, default=default.lr, help=f"of the head at its peak; default: {default.lr:g}")
+    group.add_argument("--lr", type=float, help="of the head at its peak; default: 1e-4, and 1e-3 from random weights")
     group.add_argument("--warmup", type=float, default=default.warmup, help=f"share; default: {default.warmup:g}")
     group.add_argument(
         "--layer-decay",

@@ -211,7 +211,7 @@ def test_a_setting_that_cannot_work_is_refused(settings, message):
 
 def test_from_random_weights_no_layer_is_held_back_and_no_probe_is_asked():
     learned, random = Recipe().settled(learned=True), Recipe().settled(learned=False)
-    assert (learned.layer_decay, learned.head) == (0.75, "linear")
-    assert (random.layer_decay, random.head) == (1.0, "zero")
-    given = Recipe(layer_decay=0.5, head="zero")
+    assert (learned.lr, learned.layer_decay, learned.head) == (1e-4, 0.75, "linear")
+    assert (random.lr, random.layer_decay, random.head) == (1e-3, 1.0, "zero")
+    given = Recipe(lr=0.1, layer_decay=0.5, head="zero")
     assert given.settled(learned=True) == given.settled(learned=False) == given
