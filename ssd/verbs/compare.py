@@ -61,9 +61,15 @@ def run(argv: list[str]) -> int:
         "rows": as_json(cells, rows),
     }
     out = console()
-    out.print(table(cells, rows, baseline, f"{content['data']}: top-1 on {content['test']:,} test samples, %"))
-    facts = {"chance": f"{100 * content['chance']:.1f} %, the commonest class"}
-    print_facts(out, facts)
+    out.print(table(cells, f"{content['data']}: top-1 on {content['test']:,} test samples, %"))
+    out.print(
+        f"second line: 95 % interval; third: gain over {baseline} with its own, ~ where it may be chance\n"
+        "*: better than every other row beyond chance",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    print_facts(out, {**protocols_of(rows), "chance": f"{100 * content['chance']:.1f} %, the commonest class"})
     if duplicates is not None:
         content["duplicates"] = {"counts": duplicates.counts, "texts": duplicates.texts}
         without = tell_duplicates(out, duplicates, rows, asking, baseline, arguments.seed)
@@ -208,19 +214,22 @@ class Asking:
 # ---------------------------------------------------------------------- telling
 
 
-def table(cells: Mapping[str, Mapping[str, Cell]], rows: Any, baseline: str, title: str) -> Table:
+def protocols_of(rows: Mapping[str, Mapping[str, Answers]]) -> dict[str, str]:
+    """Question -> how it was asked, of which there is more than one way where starts are trained differently."""
+    found: dict[str, list[str]] = {}
+    for row in rows.values():
+        for question, answers in row.items():
+            ways = found.setdefault(question, [])
+            if answers.protocol not in ways:
+                ways.append(answers.protocol)
+    return {question: "; ".join(ways) for question, ways in found.items()}
+
+
+def table(cells: Mapping[str, Mapping[str, Cell]], title: str) -> Table:
     """In percent, with intervals; under each number its difference to the baseline."""
     questions = list(dict.fromkeys(question for row in cells.values() for question in row))
-    protocols = {
-        question: "; ".join(dict.fromkeys(row[question].protocol for row in rows.values() if question in row))
-        for question in questions
-    }
-    caption = [
-        f"second line: 95 % interval; third: gain over {baseline} with its own, ~ where it may be chance",
-        "*: better than every other row beyond chance",
-        *(f"{question}: {protocol}" for question, protocol in protocols.items()),
-    ]
-    drawn = Table("start", title=title, caption="\n".join(caption), caption_justify="left", show_lines=True)
+    drawn = Table(title=title, show_lines=True)
+    drawn.add_column("start", overflow="fold")
     for question in questions:
         drawn.add_column(question, justify="right", no_wrap=True)
     for name, row in cells.items():
@@ -272,5 +281,5 @@ def tell_duplicates(
     left = {name: {question: answers.on(kept) for question, answers in row.items()} for name, row in rows.items()}
     cells = compared(left, baseline, seed)
     title = f"the same without them: {int(kept.sum()):,} test samples"
-    out.print(table(cells, left, baseline, title))
+    out.print(table(cells, title))
     return {"test": int(kept.sum()), "rows": as_json(cells, left)}

@@ -65,9 +65,15 @@ def run(argv: list[str]) -> int:
             first, other = results[rows[0]["start"], entry["share"]], results["random", entry["share"]]
             if entry["start"] != "random":
                 entry["gain"] = vars(difference_interval(first.correct, other.correct))
-    content = {"network": arguments.network, **study.facts(), "rows": rows}
+    settings = {"training": dataclasses.asdict(recipe), "views": describe(views)}
+    content = {"network": arguments.network, **study.facts(), "settings": settings, "rows": rows}
     out = console()
-    out.print(table(rows, f"{arguments.network}: top-1 on {content['test']:,} held-out samples, %"))
+    heading = f"{arguments.network}: top-1 on {content['test']:,} test samples, %"
+    out.print(heading, markup=False, highlight=False, soft_wrap=True)
+    out.print(table(rows))
+    for name, protocols in protocols_of(rows).items():
+        for protocol in protocols:
+            out.print(f"{name}: {protocol}", markup=False, highlight=False, soft_wrap=True)
     told = {"chance": f"{100 * content['chance']:.1f} %, the commonest of {content['classes']} classes"}
     if study.folder is not None:
         report = json.loads((study.folder / "model" / "export.json").read_text())
@@ -104,11 +110,20 @@ def row(name: str, share: float, result: Result) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+def protocols_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Start -> how it was trained, each way once."""
+    found: dict[str, list[str]] = {}
+    for entry in rows:
+        told = found.setdefault(entry["start"], [])
+        if entry["protocol"] not in told:
+            told.append(entry["protocol"])
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """In percent; ± is the deviation over seeds."""
-    caption = "\n".join(f"{protocol}" for protocol in dict.fromkeys(f"{r['start']}: {r['protocol']}" for r in rows))
     gains = any("gain" in entry for entry in rows)
-    drawn = Table("labels", "start", title=title, caption=caption, caption_justify="left")
+    drawn = Table("labels", "start")
     for name in ("top-1", "95 % interval", *(["gain over random"] if gains else [])):
         drawn.add_column(name, justify="right")
     for entry in rows:

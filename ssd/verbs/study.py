@@ -251,7 +251,7 @@ class Study:
                 "training": str(place),
                 "protocol": found.protocol,
                 "data": self.facts()["data"],
-                "held-out top-1": f"{top1:.4f}, chance {self.facts()['chance']:.4f}",
+                "test top-1": f"{top1:.4f}, chance {self.facts()['chance']:.4f}",
             },
         )
 
