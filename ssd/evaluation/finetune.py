@@ -352,7 +352,7 @@ def schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -
 @contextlib.contextmanager
 def own_randomness(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
     """Torch's and NumPy's global generators seeded by (seed, epoch) inside, and as they were afterwards."""
-    devices = [device] if device.type == "cuda" else []
+    devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     before = np.random.get_state()
     with torch.random.fork_rng(devices):
         torch.manual_seed(key(seed, epoch))

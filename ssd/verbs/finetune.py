@@ -27,6 +27,7 @@ from ssd.verbs.loading import load_data
 from ssd.verbs.starts import NETWORK, Start, load_start
 from ssd.verbs.study import Place, Result, Study
 from ssd.views.recipes import PlainViews, SupervisedViews
+from ssd.views.view import View
 
 SHARES = (0.01, 0.1, 1.0)
 CROP = 0.35
@@ -275,17 +276,15 @@ def supervised_views(
 ) -> SupervisedViews:
     """Views for labels at the network's own size, with what a checkpoint's views take for the same picture."""
     own = build(about["views"])
-    kept: dict[str, float] = {}
-    if not isinstance(own, PlainViews):
-        first = own.kinds()["global"][0]
-        kept = {"flip": first.flip, "rotate": first.rotate, "shear": first.shear}
-    if flip is not None:
-        kept["flip"] = flip
+    # what a network is given to look at alone says nothing of what shows the same
+    same = View(own.evaluation_size, flip=0.5) if isinstance(own, PlainViews) else own.kinds()["global"][0]
     return SupervisedViews(
         size=own.evaluation_size,
         evaluation_size=own.evaluation_size,
         evaluation_crop=own.evaluation_crop,
         scale=(crop, 1.0),
+        flip=same.flip if flip is None else flip,
         jitter=(jitter, jitter, jitter, 0.0),
-        **kept,
+        rotate=same.rotate,
+        shear=same.shear,
     )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis.strategies import integers
 
-from ssd.data.sampler import EpochSampler
+from ssd.data.sampler import Chosen, EpochSampler
 from ssd.errors import UserError
 
 
@@ -66,3 +66,15 @@ def test_the_position_is_asked_at_each_start():
 def test_too_few_samples_are_told_with_a_size_that_fits():
     with pytest.raises(UserError, match=r"37 training samples.*64 \(32 on each of 2 processes\).*batch_size 18"):
         EpochSampler(37, 32, world=2)
+
+
+def test_chosen_rows_are_drawn_once_an_epoch_and_no_others_are():
+    rows = np.array([3, 17, 4, 29, 8, 11])
+    sampler = EpochSampler(30, 2, seed=1, draws=Chosen(30, rows))
+    assert len(sampler) == 3
+    order = [index for places in sampler for _, index in places]
+    assert sorted(order) == sorted(rows)
+    later = EpochSampler(30, 2, seed=1, draws=Chosen(30, rows), steps_done=lambda: 3)
+    assert order != [index for places in later for _, index in places]
+    # what stands in for a broken sample is one of them too
+    assert set(Chosen(30, rows).following(1, 0, 17)) == set(rows) - {17}
