@@ -152,6 +152,9 @@ def draw(rows: Sequence[Mapping[str, Any]], results: Sequence[Result], path: Pat
         bars = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
         left.errorbar([entry["labels"] for entry in own], value, bars, marker="o", capsize=3, label=name)
     left.set(xscale="log", xlabel="labels", ylabel="top-1, %, and 95 % interval")
+    amounts = sorted({entry["labels"] for entry in rows})
+    left.set_xticks(amounts, [f"{amount:,}" for amount in amounts])
+    left.set_xticks([], minor=True)
     left.legend()
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(rows)))
     for entry, result, colour in zip(rows, results, colours, strict=True):
@@ -159,7 +162,7 @@ def draw(rows: Sequence[Mapping[str, Any]], results: Sequence[Result], path: Pat
             losses = [point["loss"] for point in outcome.curve]
             label = f"{entry['start']}, {100 * entry['share']:g} %" if number == 0 else None
             right.plot(np.linspace(0, 1, len(losses)), losses, color=colour, label=label, linewidth=1)
-    right.set(xlabel="share of the training", ylabel="loss, nats", yscale="log")
+    right.set(xlabel="share of the training", ylabel="loss, nats")
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
