@@ -22,7 +22,7 @@ from ssd.verbs.duplicates import Duplicates, find_duplicates
 from ssd.verbs.export import data_named
 from ssd.verbs.extraction import add_extraction, check_device
 from ssd.verbs.finetune import SHARES, share_of_labels, supervised_views
-from ssd.verbs.loading import check_pictures, load_data
+from ssd.verbs.loading import load_data
 from ssd.verbs.starts import NETWORK, RANDOM, Start, load_start
 from ssd.verbs.study import Study
 
@@ -156,9 +156,7 @@ class Asking:
         self.bank_labels: Tensor
 
     def data(self, start: Start, **views: Any) -> Any:
-        data = load_data(self.chosen, start.about | {"data": self.stored} | views, "compare")
-        check_pictures(data, "compare")
-        return data
+        return load_data(self.chosen, start.about | {"data": self.stored} | views, "compare", pictures=True)
 
     def answers(self, name: str, start: Start, as_pixels: bool) -> dict[str, Answers]:
         data, arguments = self.data(start), self.arguments

@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
         starts["random"] = start.untrained()
 
     views = supervised_views(start.about, arguments.crop, arguments.flip, arguments.jitter)
-    data = load_data(chosen, start.about | {"views": describe(views)}, "finetune")
+    data = load_data(chosen, start.about | {"views": describe(views)}, "finetune", pictures=True)
     study = Study(data, recipe, arguments.device, arguments.out, "finetune")
     study.open_folder(start, kept=Place(next(iter(starts)), shares[-1], arguments.seed))
     try:
@@ -280,7 +280,7 @@ def supervised_views(
     """Views for labels at the network's own size, with what a checkpoint's views take for the same picture."""
     own = build(about["views"])
     # what a network is given to look at alone says nothing of what shows the same
-    same = View(own.evaluation_size, flip=0.5) if isinstance(own, PlainViews) else own.kinds()["global"][0]
+    same = View(own.size, flip=0.5) if isinstance(own, PlainViews) else own.kinds()["global"][0]
     return SupervisedViews(
         size=own.evaluation_size,
         evaluation_size=own.evaluation_size,

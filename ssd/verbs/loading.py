@@ -21,10 +21,10 @@ def load_module(path: str | Path) -> tuple[Any, dict[str, Any]]:
     return module.eval(), checkpoint["ssd"]
 
 
-def load_data(arguments: list[str], about: dict[str, Any], verb: str) -> Any:
+def load_data(arguments: list[str], about: dict[str, Any], verb: str, pictures: bool = False) -> Any:
     """The datamodule that `--data ...` names, or the checkpoint's own, looked at as in training.
 
-    Views, channels and normalisation are the checkpoint's, whatever the data is.
+    Views, channels and normalisation are the checkpoint's, whatever the data is. `pictures`: the verb is for them alone.
     """
     for word in arguments:
         key = word.partition("=")[0]
@@ -37,6 +37,8 @@ def load_data(arguments: list[str], about: dict[str, Any], verb: str) -> Any:
     data, _ = parsed(arguments, verb, stored=about.get("data"), own=own)
     if data is None:
         raise UserError(f"the checkpoint does not say which data it learned from. ssd {verb} needs --data.")
+    if pictures:
+        check_pictures(data, verb)
     data.prepare(build(about["views"]))
     return data
 

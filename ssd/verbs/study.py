@@ -23,7 +23,6 @@ from ssd.evaluation.splits import balanced_draws, labels_per_class
 from ssd.record import differences
 from ssd.summary import write_json
 from ssd.verbs.export import data_named
-from ssd.verbs.loading import check_pictures
 from ssd.verbs.starts import Start
 from ssd.weights.classifier import export_classifier
 
@@ -102,7 +101,6 @@ class Study:
     """
 
     def __init__(self, data: Any, recipe: Recipe, device: str, out: str | None, verb: str):
-        check_pictures(data, verb)
         self.bank, self.queries = data.labelled_parts()
         self.labels, self.truth = (torch.from_numpy(np.asarray(part.labels)) for part in (self.bank, self.queries))
         seen = self.labels.unique()

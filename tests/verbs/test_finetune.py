@@ -129,6 +129,7 @@ def folders(tmp_path) -> Path:
         (("nowhere.ckpt",), "there is no file nowhere.ckpt"),
         (("random:timm:resnet5000",), "timm has no model named 'resnet5000'"),
         (("RUN", "--out", "FOLDER"), "exists and holds no trainings"),
+        (("RUN", "--data", "Sound", "--data.path", "FOLDER"), "ssd finetune is for pictures, and the data is Sound"),
         (("RUN", "--data.channels", "3"), "--data.channels is the checkpoint's own"),
     ],
 )
