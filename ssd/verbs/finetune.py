@@ -26,7 +26,7 @@ from ssd.verbs.extraction import check_device
 from ssd.verbs.loading import load_data
 from ssd.verbs.starts import NETWORK, Start, load_start
 from ssd.verbs.study import Place, Result, Study
-from ssd.views.recipes import PlainViews, SupervisedViews
+from ssd.views.recipes import CropViews, PlainViews
 from ssd.views.view import View
 
 SHARES = (0.01, 0.1, 1.0)
@@ -276,12 +276,12 @@ def start_name(start: Start) -> str:
 
 def supervised_views(
     about: Mapping[str, Any], crop: float = CROP, flip: float | None = None, jitter: float = 0.0
-) -> SupervisedViews:
+) -> CropViews:
     """Views for labels at the network's own size, with what a checkpoint's views take for the same picture."""
     own = build(about["views"])
     # what a network is given to look at alone says nothing of what shows the same
     same = View(own.size, flip=0.5) if isinstance(own, PlainViews) else own.kinds()["global"][0]
-    return SupervisedViews(
+    return CropViews(
         size=own.evaluation_size,
         evaluation_size=own.evaluation_size,
         evaluation_crop=own.evaluation_crop,

@@ -184,44 +184,43 @@ class MixedDINOViews(DINOViews):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedViews(PictureViews):
-    """One view for training on labels: a crop, resized, mirrored, a little recoloured.
+class CropViews(PictureViews):
+    """One view: a random crop, resized, mirrored, a little recoloured. Defaults are those of MAE (He et al. 2022).
 
     Args:
         size: side of the view, px.
         scale: smallest and largest share of the picture's area in the view.
         ratio: narrowest and widest crop, width / height.
         flip: probability of a left-right flip.
-        jitter: how far brightness, contrast, saturation and hue move, in every view.
+        jitter: how far brightness, contrast, saturation and hue move.
+        jitter_prob: probability that the view is jittered.
+        grey_prob: probability that it loses its colour.
+        blur_prob: probability of a blur.
+        blur_radius: smallest and largest standard deviation of the blur, px.
         rotate: largest rotation either way, degrees.
         shear: largest slant either way, sideways by a share of the height above the centre.
     """
 
     size: int = 224
-    scale: Sequence[float] = (0.35, 1.0)
+    scale: Sequence[float] = (0.2, 1.0)
     ratio: Sequence[float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     jitter: Sequence[float] = (0.0, 0.0, 0.0, 0.0)
+    jitter_prob: float = 1.0
+    grey_prob: float = 0.0
+    blur_prob: float = 0.0
+    blur_radius: Sequence[float] = (0.1, 2.0)
     rotate: float = 0.0
     shear: float = 0.0
 
     def __post_init__(self):
-        keep_as_tuples(self, "scale", "ratio", "jitter")
+        keep_as_tuples(self, "scale", "ratio", "jitter", "blur_radius")
         check_size("size", self.size)
         super().__post_init__()
 
     def kinds(self) -> dict[str, tuple[View, ...]]:
-        view = View(
-            size=self.size,
-            scale=self.scale,
-            ratio=self.ratio,
-            flip=self.flip,
-            jitter=self.jitter,
-            jitter_prob=1.0,
-            rotate=self.rotate,
-            shear=self.shear,
-        )
-        return {"global": (view,)}
+        own = {field.name: getattr(self, field.name) for field in fields(CropViews)}
+        return {"global": (View(**{name: value for name, value in own.items() if not name.startswith("evaluation")}),)}
 
     @property
     def image_size(self) -> int:
@@ -266,7 +265,9 @@ RECIPES: dict[str, Views] = {
         evaluation_crop=1.0,
     ),
     "plain": PlainViews(),
-    "supervised": SupervisedViews(),
+    "crop": CropViews(),
+    "crop_small": CropViews(size=32, evaluation_crop=1.0),
+    "supervised": CropViews(scale=(0.35, 1.0)),
     "clip": ClipViews(),
     "speech": SoundViews(),
 }
