@@ -114,7 +114,7 @@ class ConvNet(Backbone):
         self.check_input(x)
         self.use_fitting_attention(x)
         # convolutions follow their input's layout, and are faster so; weights stay as they are for sharding
-        x = self.padded(x).contiguous(memory_format=torch.channels_last)
+        x = in_channels_last(self.padded(x))
         if taps:
             wanted = tap_names(taps, self.num_blocks, self.num_blocks, self.name)
             features, maps = self.tapped(x, wanted)
@@ -176,3 +176,12 @@ def shrink_stem(model: Any, name: str, in_chans: int) -> list[str]:
         f"model.conv1 = torch.nn.Conv2d({in_chans}, {width}, 3, stride=1, padding=1, bias=False)",
         "model.maxpool = torch.nn.Identity()",
     ]
+
+
+def in_channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W) laid out with channels last. A single channel is in both orders, and is taken for the other one unless its
+    strides say so."""
+    if x.shape[1] > 1:
+        return x.contiguous(memory_format=torch.channels_last)
+    _, _, height, width = x.shape
+    return x.contiguous().as_strided(x.shape, (height * width, 1, width, 1))

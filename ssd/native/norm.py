@@ -159,8 +159,8 @@ def norm_act(x: Tensor, norm: Any, residual: Tensor | None = None, *, relu: bool
     if norm.track_running_stats:
         rows = x.numel() // x.shape[1]
         mean, variance = statistics.to(norm.running_mean.dtype)
-        with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
-            norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(variance * (rows / (rows - 1)), norm.momentum)
+        norm.num_batches_tracked.data.add_(1)
+        # by .data, as torch's own does it: where that has seen views of another size, its backward pass keeps these
+        norm.running_mean.data.lerp_(mean, norm.momentum)
+        norm.running_var.data.lerp_(variance * (rows / (rows - 1)), norm.momentum)
     return out

@@ -154,3 +154,29 @@ def test_blocks_are_fused_where_they_can_be_and_layers_where_they_train():
     assert not native.fits(x, nn.BatchNorm2d(16), x.to(torch.bfloat16))
     assert not native.fits(x[:1, :, :1, :1], nn.BatchNorm2d(16))
     assert not native.fits(x[:, :12].contiguous(memory_format=torch.channels_last), nn.BatchNorm2d(12))
+
+
+def test_views_of_two_sizes_learn_where_one_is_fused_and_the_other_is_not():
+    """Pictures of 9 give maps that do not divide into tiles; torch normalises those, and its backward pass keeps the running
+    statistics, which the fused pass over the other view writes afterwards."""
+    plain, fused = (model.train() for model in pair("resnet18", **SMALL))
+    odd, even = pictures(9, 32), pictures(64, 32)
+    for model in (plain, fused):
+        answers = [model.forward_features(x).square().sum() for x in (odd, even)]
+        sum(answers).backward()
+    for (name, theirs), (_, ours) in zip(plain.named_parameters(), fused.named_parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() < 1e-3 * theirs.grad.norm(), name
+    for (name, theirs), (_, ours) in zip(plain.named_buffers(), fused.named_buffers(), strict=True):
+        assert_close(ours, theirs, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_pictures_of_one_channel_are_fused_as_well(monkeypatch):
+    calls = []
+    fits = native.fits
+    monkeypatch.setattr("ssd.backbones.fused.fits", lambda *a: calls.append(fits(*a)) or calls[-1])
+    backbone = ConvNet("resnet18", in_chans=1, arguments=SMALL).train()
+    x = torch.randn(64, 1, 32, 32)
+    answer = backbone(x).pooled()
+    assert calls and all(calls)
+    monkeypatch.setattr("ssd.backbones.convnet.in_channels_last", lambda x: x)
+    assert_close(backbone(x).pooled(), answer, atol=1e-4, rtol=1e-4)
