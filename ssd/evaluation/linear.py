@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssd.data.randomness import generator
 from ssd.errors import UserError
-from ssd.evaluation.heads import Fit, Heads
+from ssd.evaluation.heads import Fit, Heads, probabilities
 from ssd.evaluation.protocol import check_finite, check_labels, count_classes
 from ssd.evaluation.scaling import standardise
 from ssd.evaluation.splits import held_out
@@ -40,15 +40,31 @@ def linear_predict(
     check_labels("the linear probe", train=labels)
     check_finite(train=train, test=test)
     num_classes = num_classes or count_classes(labels)
-    train, test = standardise(train, test)
     rates = sorted(rates)
     if len(rates) > 1:
-        fit, held = held_out(labels, held_out_share, seed)
-        heads = train_heads(train[fit], labels[fit], rates, num_classes, seed=seed, **training)
-        correct = (heads.logits(train[held]).argmax(2) == labels[held]).sum(1)
-        rates = [rates[int(correct.argmax())]]
+        rates = [best_rate(train, labels, num_classes, rates, held_out_share, seed, **training)[0]]
+    train, test = standardise(train, test)
     heads = train_heads(train, labels, rates, num_classes, seed=seed, **training)
     return Fit(heads.logits(test)[0].argmax(1), rates[0])
+
+
+def best_rate(
+    train: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    rates: Sequence[float] = RATES,
+    held_out_share: float = 0.1,
+    seed: int = 0,
+    **training,
+) -> tuple[float, float]:
+    """The rate that is best on the held-out part of the training set, the smaller of equal ones, and its accuracy there."""
+    rates = sorted(rates)
+    (train,) = standardise(train)
+    fit, held = held_out(labels, held_out_share, seed)
+    heads = train_heads(train[fit], labels[fit], rates, num_classes, seed=seed, **training)
+    correct = (heads.logits(train[held]).argmax(2) == labels[held]).sum(1)
+    best = int(correct.argmax())
+    return rates[best], int(correct[best]) / len(held)
 
 
 def train_heads(
@@ -74,23 +90,26 @@ def train_heads(
     steps_per_epoch = number // batch_size
     epochs = max(epochs, math.ceil(min_steps / steps_per_epoch))
     total = epochs * steps_per_epoch
-    weight = features.new_zeros(width, len(rates) * num_classes)
-    bias = features.new_zeros(len(rates) * num_classes)
+    # one column for each class and rate, the rates of a class side by side
+    weight = features.new_zeros(width, num_classes * len(rates))
+    bias = features.new_zeros(num_classes * len(rates))
     weight_speed, bias_speed = torch.zeros_like(weight), torch.zeros_like(bias)
-    rate = torch.tensor(rates).to(features).repeat_interleave(num_classes)
+    rate = torch.tensor(rates).to(features).repeat(num_classes)
+    minus_one = features.new_full((), -1.0)
     for epoch in range(epochs):
         order = torch.from_numpy(generator(ORDER, seed, epoch).permutation(number)).to(features.device)
         for step in range(steps_per_epoch):
             rows = order[step * batch_size : (step + 1) * batch_size]
             batch = features[rows]
-            logits = torch.addmm(bias, batch, weight).unflatten(1, (len(rates), num_classes))
-            chosen = labels[rows, None, None].expand(-1, len(rates), 1)
-            residual = logits.softmax(2).scatter_add_(2, chosen, logits.new_full((), -1.0).expand(chosen.shape))
-            residual = residual.flatten(1)  # (b, G * C)
-            weight_speed = torch.addmm(weight_speed, batch.T, residual, beta=momentum, alpha=1 / batch_size)
-            bias_speed = momentum * bias_speed + residual.mean(0)
+            logits = torch.addmm(bias, batch, weight).unflatten(1, (num_classes, len(rates)))
+            residual = probabilities(logits, dim=1)  # (b, C, G)
+            true_class = labels[rows, None, None].expand(-1, 1, len(rates))
+            residual.scatter_add_(1, true_class, minus_one.expand(true_class.shape))
+            residual = residual.flatten(1)
+            weight_speed.addmm_(batch.T, residual, beta=momentum, alpha=1 / batch_size)
+            bias_speed.mul_(momentum).add_(residual.mean(0))
             now = rate * (math.cos(math.pi * (epoch * steps_per_epoch + step) / total) + 1) / 2
-            weight -= now * weight_speed
-            bias -= now * bias_speed
-    heads = weight.unflatten(1, (len(rates), num_classes)).transpose(0, 1)
-    return Heads(heads, bias.unflatten(0, (len(rates), num_classes)))
+            weight.addcmul_(weight_speed, now, value=-1)
+            bias.addcmul_(bias_speed, now, value=-1)
+    heads = weight.unflatten(1, (num_classes, len(rates))).permute(2, 0, 1)
+    return Heads(heads.contiguous(), bias.unflatten(0, (num_classes, len(rates))).T.contiguous())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssd.errors import UserError
-from ssd.evaluation.heads import Fit, Heads, product
+from ssd.evaluation.heads import Fit, Heads, probabilities
 from ssd.evaluation.protocol import check_finite, check_labels, count_classes
 from ssd.evaluation.scaling import principal_axes, standardise
 from ssd.evaluation.splits import held_out
@@ -72,56 +72,67 @@ def fit_logistic(
         raise UserError(f"l2 = {l2.tolist()} must not be negative.")
     number = features.shape[-2]
     features = F.pad(features, (0, 1), value=1.0)  # the bias is the weight of a constant
-    penalty = (l2.to(features) / number)[:, None, None].repeat(1, features.shape[-1], 1)
-    penalty[:, -1] = 0  # (G, D + 1, 1)
-    squares = features.square().mT.contiguous()
-    weight = features.new_zeros(len(l2), features.shape[-1], num_classes)
-    logits = features.new_zeros(len(l2), number, num_classes)
-    loss, gradient = loss_and_gradient(features, labels, weight, logits, penalty)
+    penalty = (l2.to(features) / number)[:, None, None].repeat(1, 1, features.shape[-1])
+    penalty[..., -1] = 0  # (G, 1, D + 1)
+    squares = features.square()
+    # classes before samples, so that what is done to each class's logits runs along memory
+    weight = features.new_zeros(len(l2), num_classes, features.shape[-1])
+    logits = features.new_zeros(len(l2), num_classes, number)
+    loss, gradient, probs = loss_and_gradient(features, labels, weight, logits, penalty)
     steps: list[tuple[Tensor, Tensor, Tensor]] = []
     for iteration in range(max_iterations):
         running = gradient.abs().amax((1, 2)) > tolerance  # (G,)
         if not running.any():
             break
         if iteration % refresh == 0:
-            probs = logits.softmax(2)
-            guess = 1 / (product(squares, probs * (1 - probs)) / number + penalty).clamp_min(1e-8)
+            guess = 1 / (summed(probs * (1 - probs), squares) / number + penalty).clamp_min(1e-8)
         direction = -inverse_curvature(gradient, steps, guess) * running[:, None, None]
-        along = product(features, direction)
+        along = scores(direction, features)
         length, found = line_search(labels, weight, logits, penalty, direction, along, loss, gradient)
         if not (found & running).any():
             break  # only rounding is left to gain
         step = length[:, None, None] * direction
         weight = weight + step
         logits = logits + length[:, None, None] * along
-        loss, after = loss_and_gradient(features, labels, weight, logits, penalty)
+        loss, after, probs = loss_and_gradient(features, labels, weight, logits, penalty)
         change = after - gradient
         agreement = inner(step, change)
         usable = agreement > 1e-10 * inner(change, guess * change).clamp_min(1e-30)
         steps = [*steps, (step, change, torch.where(usable, 1 / agreement, 0.0))][-memory:]
         gradient = after
-    return Heads(weight[:, :-1], weight[:, -1])
+    return Heads(weight[..., :-1].mT, weight[..., -1])
+
+
+def scores(weight: Tensor, features: Tensor) -> Tensor:
+    """(G, C, D) with (N, D), shared by all, or (G, N, D) -> (G, C, N)"""
+    if features.dim() == 3:
+        return weight @ features.mT
+    return (weight.flatten(0, 1) @ features.T).unflatten(0, weight.shape[:2])
+
+
+def summed(values: Tensor, features: Tensor) -> Tensor:
+    """Features summed over samples, each times its value. (G, C, N) with (N, D) or (G, N, D) -> (G, C, D)"""
+    if features.dim() == 3:
+        return values @ features
+    return (values.flatten(0, 1) @ features).unflatten(0, values.shape[:2])
 
 
 def loss_and_gradient(
     features: Tensor, labels: Tensor, weight: Tensor, logits: Tensor, penalty: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Objective divided by N (G,) and its gradient (G, D + 1, C), from logits that are known."""
-    residual = logits.softmax(2)
-    chosen = labels.expand(len(weight), -1)[:, :, None]
-    residual.scatter_add_(2, chosen, residual.new_full((), -1.0).expand(chosen.shape))
-    if features.dim() == 3:
-        gradient = torch.bmm(features.transpose(1, 2), residual)
-    else:
-        together = features.T @ residual.transpose(0, 1).flatten(1)
-        gradient = together.unflatten(1, residual.shape[::2]).transpose(0, 1)
-    return objective(labels, weight, logits, penalty), gradient / features.shape[-2] + penalty * weight
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Objective divided by N (G,), its gradient (G, C, D + 1) and the probabilities (G, C, N), from logits that are
+    known."""
+    probs = probabilities(logits, dim=1)
+    chosen = labels.expand(len(weight), -1)[:, None]
+    residual = probs.scatter_add(1, chosen, probs.new_full((), -1.0).expand(chosen.shape))
+    gradient = summed(residual, features) / features.shape[-2] + penalty * weight
+    return objective(labels, weight, logits, penalty), gradient, probs
 
 
 def objective(labels: Tensor, weight: Tensor, logits: Tensor, penalty: Tensor) -> Tensor:
     """Mean cross-entropy plus penalty of each problem. (G,)"""
-    chosen = logits.gather(2, labels.expand(len(weight), -1)[:, :, None]).squeeze(2)
-    return (logits.logsumexp(2) - chosen).mean(1) + (penalty * weight.square()).sum((1, 2)) / 2
+    chosen = logits.gather(1, labels.expand(len(weight), -1)[:, None]).squeeze(1)
+    return (logits.logsumexp(1) - chosen).mean(1) + (penalty * weight.square()).sum((1, 2)) / 2
 
 
 def line_search(
@@ -153,7 +164,7 @@ def line_search(
 
 
 def inverse_curvature(gradient: Tensor, steps: list[tuple[Tensor, Tensor, Tensor]], guess: Tensor) -> Tensor:
-    """The gradient times the inverse of the curvature that the last steps have shown. (G, D + 1, C)"""
+    """The gradient times the inverse of the curvature that the last steps have shown. (G, C, D + 1)"""
     rest = gradient.clone()
     shares = []
     for step, change, inverse in reversed(steps):

@@ -9,7 +9,16 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.testing import assert_close
 
 from ssd.errors import UserError
-from ssd.evaluation.knn import InBfloat16, in_float32, knn_accuracy, knn_predict, unit_vectors
+from ssd.evaluation import knn
+from ssd.evaluation.knn import (
+    InBfloat16,
+    faster_search,
+    in_float32,
+    knn_accuracy,
+    knn_predict,
+    largest,
+    unit_vectors,
+)
 from tests.evaluation.samples import clouds, digits
 
 
@@ -79,6 +88,33 @@ def test_the_search_in_bfloat16_finds_the_neighbours_of_the_search_in_float32(se
     similarity, index = InBfloat16(bank)(queries, bank, count)
     assert_close(similarity, expected, atol=1e-6, rtol=0)  # sums of 24 products in another order
     assert_close((queries[:, None] * bank[index]).sum(2), expected, atol=1e-6, rtol=0)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=integers(0, 1000), columns=integers(1, 900), count=integers(1, 40))
+def test_the_largest_of_groups_are_the_largest_of_all(seed, columns, count):
+    scores = torch.randn(5, columns, generator=torch.Generator().manual_seed(seed))
+    count = min(count, columns)
+    values, places = largest(scores, count)
+    assert torch.equal(values.sort(1, descending=True)[0], scores.topk(count, dim=1)[0])
+    assert torch.equal(scores.gather(1, places), values) and all(len(set(row)) == count for row in places.tolist())
+
+
+def test_vectors_too_close_together_for_bfloat16_are_compared_in_float32_from_then_on():
+    (bank, _), (queries, _) = clouds(400), clouds(40, seed=1)
+    bank, queries = unit_vectors(bank + 300, queries + 300, center=False)
+    find = InBfloat16(bank)
+    for part in queries.split(20):
+        similarity, _ = find(part, bank, 5)
+        assert_close(similarity, in_float32(part, bank, 5)[0], atol=1e-6, rtol=0)
+    assert find.asked == find.repeated == 20, "the second part was not tried"
+
+
+def test_the_search_is_chosen_by_the_size_of_the_bank_and_what_the_processor_can_do(monkeypatch):
+    for able, expected in ((True, ["float32", "bfloat16", "float32", "float32"]), (False, ["float32"] * 4)):
+        monkeypatch.setattr(knn, "multiplies_bfloat16", lambda able=able: able)
+        asked = [(5000, 1000, 20), (50_000, 1000, 200), (50_000, 1000, 5000), (50_000, 3, 20)]
+        assert [faster_search(torch.empty(size, 1), queries, k) for size, queries, k in asked] == expected
 
 
 def test_a_small_temperature_does_not_overflow():
