@@ -322,8 +322,21 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
     def test_dataloader(self) -> list[SampleLoader]:
         """As `val_dataloader`, with the whole bank."""
         self._prepared()
+        return [self._evaluation_loader(part) for part in self.test_sources()]
+
+    def test_sources(self) -> list[Source]:
+        """What `test_dataloader` looks at."""
         _, bank, queries = self._parts
-        return [self._evaluation_loader(part) for part in (bank, queries) if part is not None]
+        return [part for part in (bank, queries) if part is not None]
+
+    def augmented_dataloader(self, samples: int, looks: int) -> SampleLoader:
+        """Batches as in training of so many samples, evenly spaced in the training data: the views of each that the first
+        `looks` epochs would draw, all epochs of a batch before the next batch."""
+        dataset = self._prepared()
+        rows = np.unique(np.linspace(0, len(self.source) - 1, min(samples, len(self.source))).astype(int)).tolist()
+        batches = [rows[first : first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
+        places = [[(epoch, row) for row in batch] for batch in batches for epoch in range(looks)]
+        return self._loader(dataset, self.collate(False, 0, 1), batch_sampler=places)
 
     def predict_dataloader(self) -> SampleLoader:
         """Every sample of the training data's path in its own order, held out or not."""

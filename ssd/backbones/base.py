@@ -77,6 +77,13 @@ class Backbone(Recorded, nn.Module):
         """
         raise NotImplementedError
 
+    def tokens_at(self, tap: Tensor, grid: tuple[int, ...]) -> Tokens:
+        """What was tapped of a whole block, in the form that `forward` answers: a map (B, C, ...), or patches (B, N, D) on
+        the answer's grid."""
+        if tap.ndim == 3:
+            return Tokens(patches=tap, grid=grid)
+        return Tokens(patches=tap.flatten(2).mT, grid=tuple(tap.shape[2:]))
+
     @property
     def embed_dim(self) -> int:
         raise NotImplementedError

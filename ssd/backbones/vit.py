@@ -1,6 +1,7 @@
 """Vision transformers of timm: learned positions (VisionTransformer) and rotary ones (Eva)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -160,14 +161,17 @@ class ViT(Backbone):
             if f"block{number}" in wanted:
                 tapped[f"block{number}"] = sequence
 
-        sequence = self.model.norm(sequence)  # (B, prefix + N, D)
+        return replace(self.tokens_at(sequence, grid), taps=tapped)
+
+    def tokens_at(self, tap: Tensor, grid: tuple[int, ...]) -> Tokens:
+        """What stopping after the tapped block would have answered: the final norm is applied."""
+        sequence = self.model.norm(tap)  # (B, prefix + N, D)
         prefix = self.num_prefix
         return Tokens(
             patches=sequence[:, prefix:],
             grid=grid,
             cls=None if self.model.cls_token is None else sequence[:, 0],
             registers=sequence[:, prefix - self.num_registers : prefix] if self.num_registers else None,
-            taps=tapped,
         )
 
     def run(self, block: nn.Module, sequence: Tensor, place: dict[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """Features of a whole set, once: what every probe starts from."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
@@ -28,12 +28,33 @@ def extract(
     precision: str = "32-true",
     progress: str | None = None,
 ) -> Features:
-    """`embed` of every picture, on the CPU, in order of index.
+    """`embed` of every picture, on the CPU, in order of index; arguments as `embedded` has them, (B, ...) -> (B, D).
 
-    The loader gives {"sample" (B, ...), "label" (B,), "index" (B,)}. Pictures go to `device`, where
-    `embed` (B, ...) -> (B, D) runs without gradient; a module runs in eval mode and is put back. `precision`
-    is one of Lightning's names. `progress` is the text beside a bar, None for no bar. Under several
-    processes each gives the samples of its own loader and all get the whole.
+    Under several processes each gives the samples of its own loader and all get the whole.
+    """
+    device = torch.device(device)
+    parts = [
+        Features(features.float(), batch["label"].to(device), batch["index"].to(device))
+        for features, batch in embedded(embed, loader, device, precision, progress)
+    ]
+    whole = gathered(parts, device)
+    if not len(whole.index):
+        raise nothing_to_embed()
+    return Features(*(part.cpu() for part in whole))
+
+
+def embedded(
+    embed: Callable[[Tensor], Any],
+    loader: Iterable[Mapping[str, Tensor]],
+    device: torch.device | str = "cpu",
+    precision: str = "32-true",
+    progress: str | None = None,
+) -> Iterator[tuple[Any, Mapping[str, Tensor]]]:
+    """What `embed` answers of each batch, and the batch.
+
+    The loader gives {"sample" (B, ...), "label" (B,), "index" (B,)}. Samples go to `device`, where `embed` runs without
+    gradient; a module runs in eval mode and is put back. `precision` is one of Lightning's names. `progress` is the
+    text beside a bar, None for no bar.
     """
     if precision not in AUTOCAST:
         raise UserError(f"precision = '{precision}' is unknown for features; choose one of {', '.join(AUTOCAST)}.")
@@ -41,19 +62,19 @@ def extract(
     modes = [(part, part.training) for part in embed.modules()] if isinstance(embed, nn.Module) else []
     for part, _ in modes:
         part.training = False
-    parts = []
+    half = AUTOCAST[precision]
     try:
-        with torch.no_grad(), torch.autocast(device.type, AUTOCAST[precision], enabled=AUTOCAST[precision] is not None):
-            for batch in track(loader, progress or "", disable=progress is None):
-                features = embed(batch["sample"].to(device, non_blocking=True))
-                parts.append(Features(features.float(), batch["label"].to(device), batch["index"].to(device)))
+        for batch in track(loader, progress or "", disable=progress is None):
+            with torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
+                answer = embed(batch["sample"].to(device, non_blocking=True))
+            yield answer, batch
     finally:
         for part, mode in modes:
             part.training = mode
-    whole = gathered(parts, device)
-    if not len(whole.index):
-        raise UserError("the loader gave no pictures to embed: the set is empty, or every picture in it is broken.")
-    return Features(*(part.cpu() for part in whole))
+
+
+def nothing_to_embed() -> UserError:
+    return UserError("the loader gave no pictures to embed: the set is empty, or every picture in it is broken.")
 
 
 def gathered(parts: list[Features], device: torch.device | str = "cpu") -> Features:

@@ -1,6 +1,8 @@
 """The evaluations that the command prints: which probes, with which settings, under which names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
 from torch import Tensor
@@ -10,13 +12,100 @@ from ssd.evaluation.few_labels import few_label_accuracy
 from ssd.evaluation.knn import knn_accuracy
 from ssd.evaluation.linear import RATES, linear_predict
 from ssd.evaluation.logistic import PENALTIES, logistic_predict
-from ssd.evaluation.protocol import Number, chance_level, check_labels, count_classes, top1
+from ssd.evaluation.protocol import Number, accuracy_number, chance_level, check_labels, count_classes, top1
 from ssd.evaluation.ridge import ridge_predict
 from ssd.evaluation.spectrum import alpha_req, rankme
 from ssd.evaluation.splits import labels_per_class
 
-MEASURES = ("knn", "linear", "logistic", "ridge", "few_labels", "spectrum")
 TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What a measure is asked of: features (N, D), (Q, D) of labelled samples, their labels (N,), (Q,), and settings.
+
+    Args:
+        everything: training features with those of samples without a label.
+        k, shares, draws, seed: as `evaluate` has them.
+    """
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    everything: Tensor
+    num_classes: int
+    k: Sequence[int] = (10, 20, 100, 200)
+    shares: Sequence[float] = (0.01, 0.1)
+    draws: int = 20
+    seed: int = 0
+
+    @property
+    def labelled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.train, self.train_labels, self.test, self.test_labels
+
+
+def knn_numbers(sets: Sets) -> list[Number]:
+    fitting = [number for number in sorted(set(sets.k)) if number <= len(sets.train)] or [len(sets.train)]
+    numbers = []
+    for center in (False, True):
+        values = knn_accuracy(*sets.labelled, fitting, sets.num_classes, center=center)
+        group = "knn_centred" if center else "knn"
+        numbers += [
+            accuracy_number(f"{group}/k{number}/top1", value, knn_protocol(number, center), sets.test_labels)
+            for number, value in values.items()
+        ]
+    return numbers
+
+
+def linear_numbers(sets: Sets) -> list[Number]:
+    fit = linear_predict(sets.train, sets.train_labels, sets.test, sets.num_classes, seed=sets.seed)
+    protocol = f"linear-v1 best of {len(RATES)} rates on 10% of train: {fit.setting:g}"
+    value = top1(fit.predictions, sets.test_labels, sets.num_classes)
+    return [accuracy_number("linear/top1", value, protocol, sets.test_labels)]
+
+
+def logistic_numbers(sets: Sets) -> list[Number]:
+    fit = logistic_predict(sets.train, sets.train_labels, sets.test, sets.num_classes, seed=sets.seed)
+    protocol = f"logistic-v1 best of {len(PENALTIES)} penalties on 10% of train: l2={fit.setting:g}"
+    value = top1(fit.predictions, sets.test_labels, sets.num_classes)
+    return [accuracy_number("logistic/top1", value, protocol, sets.test_labels)]
+
+
+def ridge_numbers(sets: Sets) -> list[Number]:
+    return [ridge_number(*sets.labelled, "ridge/top1")]
+
+
+def few_label_numbers(sets: Sets) -> list[Number]:
+    return [
+        few_label_number(
+            f"logistic_{100 * share:g}pct/top1",
+            *sets.labelled,
+            labels_per_class(sets.train_labels, share),
+            sets.draws,
+            sets.seed,
+        )
+        for share in sets.shares
+    ]
+
+
+def spectrum_numbers(sets: Sets) -> list[Number]:
+    return [
+        Number("spectrum/rankme", rankme(sets.everything), "rankme-v1"),
+        Number("spectrum/alpha_req", alpha_req(sets.everything), "alpha-req-v1"),
+    ]
+
+
+MEASURES: dict[str, Callable[[Sets], list[Number]]] = {
+    "knn": knn_numbers,
+    "linear": linear_numbers,
+    "logistic": logistic_numbers,
+    "ridge": ridge_numbers,
+    "few_labels": few_label_numbers,
+    "spectrum": spectrum_numbers,
+}
+"""What is asked of features, in the order of the table."""
+WITHOUT_LABELS = frozenset({"spectrum"})
 
 
 def evaluate(
@@ -24,60 +113,32 @@ def evaluate(
     train_labels: Tensor,
     test: Tensor,
     test_labels: Tensor,
-    measures: Sequence[str] = MEASURES,
-    k: Sequence[int] = (10, 20, 100, 200),
-    shares: Sequence[float] = (0.01, 0.1),
-    draws: int = 20,
-    seed: int = 0,
+    measures: Sequence[str] = tuple(MEASURES),
+    **settings: Any,
 ) -> list[Number]:
-    """Every number of `ssd probe`, from features and labels of a training and a test set.
+    """The numbers of `MEASURES`, from features and labels of a training and a test set.
 
     (N, D), (N,), (Q, D), (Q,) on any device; nothing is chosen on the test set. Samples without a label (-1) count
-    for the spectrum, which is that of the training features, and for nothing else.
+    for the measures that need none, which are of the training features, and for nothing else.
 
     Args:
-        measures: which of knn, linear, logistic, ridge, few_labels and spectrum.
-        k: neighbours of k-NN; those above the size of the training set are left out unless all are.
-        shares: of the training labels that the few-label probes see, in (0, 1).
-        draws: of the labelled set for each share.
+        measures: which of them.
+        settings: k, neighbours of k-NN, those above the size of the training set being left out unless all are;
+            shares of the training labels that the few-label probes see, in (0, 1); draws of the labelled set for each
+            share; seed of splits and draws.
     """
     unknown = [name for name in measures if name not in MEASURES]
     if unknown or not measures:
         raise UserError(f"measures {unknown or 'without a name'} are unknown; choose from {', '.join(MEASURES)}.")
-    numbers: list[Number] = []
-    spectrum = spectrum_numbers(train) if "spectrum" in measures else []
-    if set(measures) == {"spectrum"}:
-        return spectrum
+    everything = train
     train, train_labels = train[train_labels >= 0], train_labels[train_labels >= 0]
     test, test_labels = test[test_labels >= 0], test_labels[test_labels >= 0]
-    check_labels("the probe", training=train_labels, test=test_labels)
-    classes = count_classes(train_labels, test_labels)
-    chance = chance_level(test_labels)
-    if "knn" in measures:
-        fitting = [number for number in sorted(set(k)) if number <= len(train)] or [len(train)]
-        for center in (False, True):
-            values = knn_accuracy(train, train_labels, test, test_labels, fitting, classes, center=center)
-            group = "knn_centred" if center else "knn"
-            numbers += [
-                Number(f"{group}/k{number}/top1", value, knn_protocol(number, center), chance)
-                for number, value in values.items()
-            ]
-    if "linear" in measures:
-        fit = linear_predict(train, train_labels, test, classes, seed=seed)
-        protocol = f"linear-v1 best of {len(RATES)} rates on 10% of train: {fit.setting:g}"
-        numbers.append(Number("linear/top1", top1(fit.predictions, test_labels, classes), protocol, chance))
-    if "logistic" in measures:
-        fit = logistic_predict(train, train_labels, test, classes, seed=seed)
-        protocol = f"logistic-v1 best of {len(PENALTIES)} penalties on 10% of train: l2={fit.setting:g}"
-        numbers.append(Number("logistic/top1", top1(fit.predictions, test_labels, classes), protocol, chance))
-    if "ridge" in measures:
-        numbers.append(ridge_number(train, train_labels, test, test_labels, "ridge/top1"))
-    if "few_labels" in measures:
-        for share in shares:
-            per_class = labels_per_class(train_labels, share)
-            name = f"logistic_{100 * share:g}pct/top1"
-            numbers.append(few_label_number(name, train, train_labels, test, test_labels, per_class, draws, seed))
-    return numbers + spectrum
+    classes = 0
+    if not WITHOUT_LABELS.issuperset(measures):
+        check_labels("the probe", training=train_labels, test=test_labels)
+        classes = count_classes(train_labels, test_labels)
+    sets = Sets(train, train_labels, test, test_labels, everything, classes, **settings)
+    return [number for name, measure in MEASURES.items() if name in measures for number in measure(sets)]
 
 
 def few_label_report(
@@ -135,14 +196,14 @@ def knn_protocol(k: int, center: bool) -> str:
 def knn_number(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Number:
     k = min(20, len(train))
     value = knn_accuracy(train, train_labels, test, test_labels, (k,), temperature=TEMPERATURE, center=True)[k]
-    return Number("knn/top1", value, knn_protocol(k, center=True), chance_level(test_labels))
+    return accuracy_number("knn/top1", value, knn_protocol(k, center=True), test_labels)
 
 
 def ridge_number(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, name: str) -> Number:
     classes = count_classes(train_labels, test_labels)
     fit = ridge_predict(train, train_labels, test, classes)
     protocol = f"ridge-v1 best penalty leaving one out: l2={fit.setting:g}"
-    return Number(name, top1(fit.predictions, test_labels, classes), protocol, chance_level(test_labels))
+    return accuracy_number(name, top1(fit.predictions, test_labels, classes), protocol, test_labels)
 
 
 def few_label_number(
@@ -157,29 +218,23 @@ def few_label_number(
 ) -> Number:
     """Logistic regression on `per_class` labels of each class, or on all labels where no class has more."""
     values = few_label_accuracy(train, train_labels, test, test_labels, per_class, draws, seed)
-    spread = float(values.std()) if draws > 1 else None
     amount = "all labels" if per_class >= int(train_labels.bincount().max()) else f"{per_class} per class"
     repeated = f", mean of {draws} draws" if draws > 1 else ""
     protocol = f"logistic-v1 l2=1, {amount}{repeated}"
-    return Number(name, float(values.mean()), protocol, chance_level(test_labels), spread)
-
-
-def spectrum_numbers(features: Tensor) -> list[Number]:
-    return [
-        Number("spectrum/rankme", rankme(features), "rankme-v1"),
-        Number("spectrum/alpha_req", alpha_req(features), "alpha-req-v1"),
-    ]
+    if draws == 1:
+        return accuracy_number(name, float(values.mean()), protocol, test_labels)
+    return Number(name, float(values.mean()), protocol, chance_level(test_labels), float(values.std()))
 
 
 def table(numbers: Sequence[Number], title: str | None = None) -> Table:
-    """One line a number: name, value (accuracies in percent), chance, protocol."""
+    """One line a number: name, value (accuracies in percent), interval, chance, protocol."""
     drawn = Table("measure", title=title)
-    drawn.add_column("value", justify="right")
-    drawn.add_column("chance", justify="right")
+    for column in ("value", "95 %", "chance"):
+        drawn.add_column(column, justify="right")
     drawn.add_column("protocol")
     for number in numbers:
         chance = "" if number.chance is None else f"{100 * number.chance:.1f}"
-        drawn.add_row(number.name, number.text(), chance, number.protocol)
+        drawn.add_row(number.name, number.text(), number.interval_text(), chance, number.protocol)
     return drawn
 
 

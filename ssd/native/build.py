@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from ssd.cache_folder import cache_folder
+
 log = logging.getLogger(__name__)
 
 SOURCES = sorted(Path(__file__).parent.glob("*.c"))
@@ -53,7 +55,7 @@ def compiled() -> Path:
         raise OSError("there is no C compiler")
     told = [*(source.read_text() for source in SOURCES), version(compiler), processor(), *FLAGS]
     name = hashlib.sha256("\n".join(told).encode()).hexdigest()
-    target = folder() / f"native-{name[:16]}.so"
+    target = cache_folder() / f"native-{name[:16]}.so"
     if not target.exists():
         # under another name first: other processes may be at it too
         with tempfile.TemporaryDirectory(dir=target.parent) as place:
@@ -86,20 +88,3 @@ def processor() -> str:
         return f"{platform.machine()} {platform.processor()}"
     told = [line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))]
     return "\n".join([platform.machine(), *sorted(set(told))])
-
-
-def folder() -> Path:
-    """Where compiled code is kept: the user's cache, or a folder of the user's own among the temporary ones."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    home = Path(os.environ.get("SSD_CACHE") or base / "ssd")
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        if os.access(home, os.W_OK):
-            return home
-    except OSError:
-        pass
-    own = Path(tempfile.gettempdir()) / f"ssd-{os.getuid()}"
-    own.mkdir(mode=0o700, exist_ok=True)
-    if own.stat().st_uid != os.getuid():
-        raise OSError(f"{own} belongs to somebody else")
-    return own

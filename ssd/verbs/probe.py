@@ -1,39 +1,64 @@
 """`ssd probe FILE --data ...`: what frozen features are worth."""
 
+import hashlib
+import os
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
+from ssd.cache_folder import cache_folder
 from ssd.errors import UserError
+from ssd.evaluation.choice import Choice, choose_for_knn, choose_for_linear
 from ssd.evaluation.dense import dense_number, pixel_patches
+from ssd.evaluation.feature_cache import DTYPES, FeatureTable, feature_table
 from ssd.evaluation.features import Features, extract, pixels
+from ssd.evaluation.lidar import SAMPLES, VIEWS, lidar_number
+from ssd.evaluation.outputs import outputs_of, parts_of
 from ssd.evaluation.protocol import Number
-from ssd.evaluation.suite import MEASURES, evaluate, few_label_report, report_table
-from ssd.record import build
+from ssd.evaluation.suite import MEASURES, WITHOUT_LABELS, evaluate, few_label_report, report_table
+from ssd.memory import keep_freed_memory
+from ssd.record import build, describe
 from ssd.summary import check_json, console, number_rows, print_numbers, write_json
 from ssd.verbs.arguments import Parser, at_least_one, split_data
 from ssd.verbs.extraction import add_extraction, check_device
-from ssd.verbs.loading import load_data, load_module
+from ssd.verbs.loading import load_data
+from ssd.verbs.networks import load_network
+from ssd.views.recipes import PlainViews
+
+OF_THE_NETWORK = ("outputs", "lidar", "dense")
+"""Measures that need more than one output's features."""
 
 
 def run(argv: list[str]) -> int:
+    names = (*MEASURES, *OF_THE_NETWORK)
     parser = Parser(
         prog="ssd probe",
-        description="Extracts frozen features of a checkpoint's backbone once, then asks kNN, linear, logistic and "
-        "few-label probes and the spectrum, and whether patches find their place again in another crop (dense). Views and "
-        "normalisation are the checkpoint's own.",
+        description="Extracts frozen features once, with every output of the network (class token, mean patch, last blocks), "
+        "then asks kNN, linear, logistic and few-label probes, the spectrum, which output serves kNN and the linear probe "
+        "best (outputs), how well views of a sample keep together (lidar), and whether patches find their place again in "
+        "another crop (dense). Views and normalisation are the network's own.",
         epilog="--data takes a path, a class name or a data config, and --data.KEY VALUE its settings, as in ssd fit; "
-        "without it the checkpoint's own data is used.",
+        "without it the checkpoint's own data is used. Features are kept on disk and read again when network, data, views, "
+        "normalisation and precision are the same.",
     )
-    parser.add_argument("file", metavar="FILE", help="checkpoint that ssd fit wrote")
+    parser.add_argument("file", metavar="FILE", help="checkpoint that ssd fit wrote, exported folder, or timm:NAME.TAG")
     parser.add_argument(
         "--measures",
         nargs="+",
-        default=[*MEASURES, "dense"],
-        choices=[*MEASURES, "dense"],
+        default=list(names),
+        choices=names,
         metavar="MEASURE",
-        help=f"which of {', '.join(MEASURES)}, dense; default: all",
+        help=f"which of {', '.join(names)}; default: all",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="NAME",
+        help="what the measures are of: a name from the table of outputs, or best, the linear probe's choice; default: the "
+        "network's own, as it is exported",
     )
     parser.add_argument("--baselines", action="store_true", help="also raw pixels and the untrained network")
     parser.add_argument(
@@ -41,20 +66,38 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of splits, draws and the untrained network; default: 0")
     add_extraction(parser)
+    parser.add_argument(
+        "--cache", metavar="FOLDER", help="where features are kept; none = nowhere; default: the user's cache"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the features that are kept; float16 takes half the space"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
     own, chosen = split_data(argv)
     arguments = parser.parse_args(own)
     check_json(arguments.json)
     check_device(arguments.device)
+    folder = kept_in(arguments.cache)
 
-    module, about = load_module(arguments.file)
+    keep_freed_memory()
+    backbone, about = load_network(arguments.file)
     data = load_data(chosen, about, "probe")
+    check_labelled(data, arguments.measures)
     out = console()
     settings = {"device": arguments.device, "precision": arguments.precision}
-    backbone = module.evaluated_backbone.to(arguments.device)
-    of_features = [name for name in arguments.measures if name != "dense"]
-    bank, queries = features_of(backbone, data, of_features, "pretrained", **settings)
+    backbone = backbone.to(arguments.device)
+    if arguments.output is not None:
+        check_output(arguments.output, backbone, data, arguments.device)
+    tables, said = tables_of(backbone, data, folder, dtype=arguments.dtype, **settings)
+    out.print(said, markup=False, highlight=False, soft_wrap=True)
+
+    choices = {}
+    if "outputs" in arguments.measures or arguments.output == "best":
+        choices = choices_of(tables, arguments.seed)
+    output = choices["linear"].output if arguments.output == "best" else arguments.output or tables[0].outputs()[0]
+    bank, queries = (table.features(output) for table in (tables[0], tables[-1]))
     numbers = []
+    of_features = [name for name in arguments.measures if name in MEASURES]
     if of_features:
         numbers = evaluate(
             bank.features,
@@ -65,16 +108,26 @@ def run(argv: list[str]) -> int:
             draws=arguments.draws,
             seed=arguments.seed,
         )
+    if "outputs" in arguments.measures:
+        numbers += [choice.number for choice in choices.values()]
+    if "lidar" in arguments.measures:
+        numbers += lidar_numbers(backbone, data, output, **settings)
     if "dense" in arguments.measures:
         dense = dense_number(backbone, data.test_dataloader()[-1], **settings)
         numbers += [] if dense is None else [dense]
     counts = f"{len(bank.labels)} training, {len(queries.labels)} test samples"
-    if queries is bank:
+    if len(tables) == 1:
         counts = f"{len(bank.labels)} samples"
-    print_numbers(out, numbers, f"{arguments.file}: {counts}")
-    content: dict[str, Any] = {"file": arguments.file, "numbers": number_rows(numbers)}
+    print_numbers(out, numbers, f"{arguments.file}: {counts}, output {output}")
+    content: dict[str, Any] = {"file": arguments.file, "output": output, "numbers": number_rows(numbers)}
+    if "outputs" in arguments.measures:
+        out.print(outputs_table(tables[0], choices))
+        content["outputs"] = {probe: {"best": c.output, "held_out": c.held_out} for probe, c in choices.items()}
     if arguments.baselines:
-        report = compare_with_baselines(about, data, bank, queries, arguments.draws, arguments.seed, **settings)
+        own_bank, own_queries = (table.features() for table in (tables[0], tables[-1]))
+        report = compare_with_baselines(
+            about, data, own_bank, own_queries, arguments.draws, arguments.seed, backbone, **settings
+        )
         if "dense" in arguments.measures:
             add_dense(report, about, backbone, data, arguments.seed, **settings)
         out.print(report_table(report, title="beside raw pixels and the untrained network"))
@@ -83,25 +136,154 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+# ---------------------------------------------------------------------- features
+
+
+def kept_in(folder: str | None) -> Path | None:
+    """Where features are kept, None for nowhere. Raises UserError for a folder that cannot be written to."""
+    if folder == "none":
+        return None
+    try:
+        place = cache_folder() / "features" if folder is None else Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--cache {folder or ''} cannot be written ({error}). Give a folder, or none.") from None
+    if not os.access(place, os.W_OK):
+        raise UserError(f"--cache {place} cannot be written. Give a folder of your own, or none.")
+    return place
+
+
+def tables_of(
+    backbone: Any, data: Any, folder: Path | None, *, dtype: str, **settings: Any
+) -> tuple[list[FeatureTable], str]:
+    """A table for each of the data's test loaders, and a sentence that says where they are from."""
+    tables, ways = [], []
+    for source, loader, what in zip(data.test_sources(), data.test_dataloader(), ("training", "test")):
+        table, how = feature_table(
+            backbone,
+            loader,
+            len(source),
+            samples_print(data, source),
+            folder,
+            dtype=dtype,
+            progress=f"{what} features" if sys.stdout.isatty() else None,
+            **settings,
+        )
+        tables.append(table)
+        ways.append(how)
+    how = ways[0] if len(set(ways)) == 1 else ", ".join(ways)
+    return tables, f"features: {how}" + ("" if folder is None else f", kept in {folder}")
+
+
+def samples_print(data: Any, source: Any) -> dict[str, Any]:
+    """What tells samples, and how they are looked at, from others: also the size and time of files, which a fingerprint of
+    names leaves out."""
+    state = data.describe_state()
+    look = {key: value for key, value in state.items() if key not in ("seed", "fingerprint", "sampling")}
+    labels = b"" if source.labels is None else source.labels.tobytes()
+    files = hashlib.sha256()
+    for index in range(len(source)):
+        try:
+            about = os.stat(source.describe(index))
+        except (OSError, ValueError):
+            break  # no source of single files
+        files.update(about.st_size.to_bytes(8, "little") + about.st_mtime_ns.to_bytes(8, "little"))
+    return {
+        "source": source.fingerprint(),
+        "labels": hashlib.sha256(labels).hexdigest(),
+        "files": files.hexdigest(),
+        "views": describe(data.views),
+        "look": describe(look),
+    }
+
+
+def check_labelled(data: Any, measures: list[str]) -> None:
+    """Raises UserError where a measure needs labels and there are none."""
+    if len(data.test_sources()) < 2 and not {*WITHOUT_LABELS, "lidar", "dense"}.issuperset(measures):
+        raise UserError(
+            "the data has no labels, which kNN and linear probes need. Give data with labels (class folders, a list file "
+            "with labels, or a label column) by --data, or ask for --measures spectrum lidar dense."
+        )
+
+
 def features_of(
     backbone: torch.nn.Module, data: Any, measures: list[str], name: str, **settings: Any
 ) -> tuple[Features, Features]:
-    """Features of the training and the test samples, twice the same where only the spectrum is asked of data without
-    labels. Raises UserError where a measure needs labels and there are none."""
-    loaders = data.test_dataloader()
-    if len(loaders) < 2 and not set(measures) <= {"spectrum"}:
-        raise UserError(
-            "the data has no labels, which kNN and linear probes need. Give data with labels (class folders, a list file "
-            "with labels, or a label column) by --data, or ask for --measures spectrum."
-        )
+    """The network's own output for the training and the test samples, twice the same for data without labels. Raises
+    UserError where a measure needs labels and there are none."""
+    check_labelled(data, measures)
 
-    def embed(pictures: torch.Tensor) -> torch.Tensor:
-        return backbone(pictures).pooled()
+    def embed(samples: torch.Tensor) -> torch.Tensor:
+        return backbone(samples).pooled()
 
     # a bar that is not on a terminal would be a line in the output
     progress = f"{name} features" if sys.stdout.isatty() else None
-    parts = [extract(embed, loader, progress=progress, **settings) for loader in loaders]
+    parts = [extract(embed, loader, progress=progress, **settings) for loader in data.test_dataloader()]
     return parts[0], parts[-1]
+
+
+# ---------------------------------------------------------------------- outputs
+
+
+def choices_of(tables: list[FeatureTable], seed: int) -> dict[str, Choice]:
+    """The best output for kNN and for the linear probe."""
+    bank, queries = tables[0], tables[-1]
+    known, asked = bank.labels >= 0, queries.labels >= 0
+
+    def features(name: str) -> Any:
+        return lambda: (bank.features(name).features[known], queries.features(name).features[asked])
+
+    outputs = {name: features(name) for name in bank.outputs()}
+    labels = (bank.labels[known], queries.labels[asked], seed)
+    return {"knn": choose_for_knn(outputs, *labels), "linear": choose_for_linear(outputs, *labels)}
+
+
+def check_output(name: str, backbone: Any, data: Any, device: str) -> None:
+    """Raises UserError for a name that is no output of the network, from a look at one sample."""
+    sample = next(iter(data.test_dataloader()[0]))["sample"][:1].to(device)
+    with torch.no_grad():
+        outputs = outputs_of(parts_of(backbone, sample))
+    if name not in outputs and name != "best":
+        raise UserError(f"--output {name} is no output of this network. Choose one of {', '.join(outputs)}, or best.")
+
+
+def outputs_table(table: FeatureTable, choices: Mapping[str, Choice]) -> Table:
+    """One line an output, in percent on the held-out part of the training set, the best of each column marked."""
+    drawn = Table("output", title="on a tenth of the training samples, held out")
+    for column in ("width", *choices):
+        drawn.add_column(column, justify="right")
+    for name, parts in outputs_of(table.parts).items():
+        width = sum(table.parts[part].shape[1] for part in parts)
+        marked = (
+            f"{'best ' if choice.output == name else ''}{100 * choice.held_out[name]:.1f}"
+            for choice in choices.values()
+        )
+        drawn.add_row(name, str(width), *marked)
+    return drawn
+
+
+def lidar_numbers(backbone: Any, data: Any, output: str, **settings: Any) -> list[Number]:
+    """LiDAR of the output, of views as the network learned from; none where they are not known."""
+    kinds = data.views.kinds()
+    if isinstance(data.views, PlainViews) or "global" not in kinds or len(data.source) < 2:
+        return []
+    looks = -(-VIEWS // len(kinds["global"]))
+
+    def embed(views: torch.Tensor) -> torch.Tensor:
+        parts = parts_of(backbone, views)
+        return torch.cat([parts[name] for name in outputs_of(parts)[output]], dim=1)
+
+    return [lidar_number(embed, data.augmented_dataloader(SAMPLES, looks), looks, **settings)]
+
+
+# ---------------------------------------------------------------------- baselines
+
+
+def untrained(about: Mapping[str, Any], backbone: Any, seed: int, device: Any) -> Any:
+    """The network as a run of this seed begins, or, of a network that no run is known of, built anew."""
+    torch.manual_seed(seed)
+    fresh = build(about["method"]).evaluated_backbone if "method" in about else build(backbone.record())
+    return fresh.eval().to(device)
 
 
 def add_dense(
@@ -109,8 +291,7 @@ def add_dense(
 ) -> None:
     """The dense score of each row of `compare_with_baselines`, where the backbone answers a map."""
     patch = max(backbone.patch_size) if isinstance(backbone.patch_size, tuple) else backbone.patch_size
-    torch.manual_seed(seed)
-    fresh = build(about["method"]).eval().evaluated_backbone.to(settings["device"])
+    fresh = untrained(about, backbone, seed, settings["device"])
     networks = {"pixels": lambda pictures: pixel_patches(pictures, patch), "untrained": fresh, "pretrained": backbone}
     found = {name: dense_number(network, data.test_dataloader()[-1], **settings) for name, network in networks.items()}
     for name, number in found.items():
@@ -119,16 +300,23 @@ def add_dense(
 
 
 def compare_with_baselines(
-    about: dict[str, Any], data: Any, bank: Features, queries: Features, draws: int, seed: int, **settings: Any
+    about: Mapping[str, Any],
+    data: Any,
+    bank: Features,
+    queries: Features,
+    draws: int,
+    seed: int,
+    backbone: Any = None,
+    **settings: Any,
 ) -> dict[str, dict[str, Number]]:
-    """Rows pixels, untrained and pretrained of the same four numbers, on the same draws of labels."""
-    torch.manual_seed(seed)
-    fresh = build(about["method"]).eval().evaluated_backbone.to(settings["device"])
-    untrained = features_of(fresh, data, ["knn"], "untrained", **settings)
+    """Rows pixels, untrained and pretrained of the same four numbers, on the same draws of labels; `backbone` is what is
+    built anew where `about` names no method."""
+    fresh = untrained(about, backbone, seed, settings["device"])
+    first, last = features_of(fresh, data, ["knn"], "untrained", **settings)
     raw = [pixels(loader) for loader in data.test_dataloader()]
     rows = {
         "pixels": (raw[0].features, raw[1].features),
-        "untrained": (untrained[0].features, untrained[1].features),
+        "untrained": (first.features, last.features),
         "pretrained": (bank.features, queries.features),
     }
     return few_label_report(rows, bank.labels, queries.labels, draws=draws, seed=seed)

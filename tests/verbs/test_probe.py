@@ -12,7 +12,7 @@ from ssd.verbs.loading import load_data, load_module
 from ssd.verbs.probe import features_of
 from tests.verbs.conftest import typed
 
-ON_CPU = ("--device", "cpu")
+ON_CPU = ("--device", "cpu", "--cache", "none")
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_the_numbers_are_those_of_the_frozen_features(run, tmp_path):
     file = tmp_path / "probe.json"
     said = typed("probe", run.last, "--measures", "knn", "ridge", "spectrum", "--json", file, *ON_CPU)
     assert said.status == 0 and said.err == "", said.err
-    assert said.out.startswith(f"{run.last}: 96 training, 500 test samples\n")
+    assert said.out.startswith(f"features: made\n{run.last}: 96 training, 500 test samples, output pooled\n")
     content = json.loads(file.read_text())
 
     module, about = load_module(run.last)
@@ -42,7 +42,7 @@ def test_the_numbers_are_those_of_the_frozen_features(run, tmp_path):
     expected = evaluate(
         bank.features, bank.labels, queries.features, queries.labels, measures=["knn", "ridge", "spectrum"]
     )
-    assert content == {"file": run.last, "numbers": [vars(number) for number in expected]}
+    assert content == {"file": run.last, "output": "pooled", "numbers": [vars(number) for number in expected]}
     assert all(number.protocol in said.out for number in expected)
 
 
@@ -57,6 +57,65 @@ def test_probe_and_online_evaluation_agree(run, tmp_path):
         assert probed[there]["value"] == pytest.approx(
             online[here]["value"], abs=0.004
         )  # two of 500, batched otherwise
+
+
+def test_features_are_read_again_only_of_the_same_network_data_and_precision(run, tmp_path):
+    def say(*more):
+        said = typed("probe", run.last, "--measures", "knn", "--cache", tmp_path / "kept", *ON_CPU[:2], *more)
+        assert said.status == 0, said.err
+        first, table = said.out.split("\n", 1)
+        return first.split(",")[0].removeprefix("features: "), table
+
+    made, read = say(), say()
+    assert made[0] == "made" and read == ("read", made[1])
+    for other in (("--precision", "bf16-mixed"), ("--dtype", "float16"), ("--data.limit", "60")):
+        assert say(*other)[0] == "made"
+    assert say() == read
+
+
+def test_a_picture_that_changed_under_its_name_is_looked_at_again(run, pictures, tmp_path):
+    words = ("probe", run.last, "--data", pictures / "classes", "--data.val_share=0.5", "--measures", "spectrum")
+    words = (*words, "--cache", tmp_path / "kept", "--device", "cpu")
+    assert [typed(*words).out.split(",")[0] for _ in range(2)] == ["features: made", "features: read"]
+    for file in (pictures / "classes").glob("*/*.png"):
+        Image.new("RGB", (12, 12), (9, 200, 3)).save(file)
+    assert typed(*words).out.startswith("features: made")
+
+
+def test_the_best_output_is_named_and_any_output_can_be_asked(run, tmp_path):
+    file = tmp_path / "probe.json"
+    said = typed("probe", run.last, "--measures", "outputs", "ridge", "--output", "best", "--json", file, *ON_CPU)
+    assert said.status == 0, said.err
+    content = json.loads(file.read_text())
+    for probe in ("knn", "linear"):
+        held_out = content["outputs"][probe]["held_out"]
+        assert list(held_out) == ["pooled", "last2_stages", "last4_stages"]
+        assert held_out[content["outputs"][probe]["best"]] == max(held_out.values())
+    numbers = {number["name"]: number for number in content["numbers"]}
+    best = content["outputs"]["linear"]["best"]
+    assert content["output"] == best and best in numbers["linear_grid/top1"]["protocol"]
+    assert numbers["ridge/top1"]["low"] < numbers["ridge/top1"]["value"] < numbers["ridge/top1"]["high"]
+    typed("probe", run.last, "--measures", "ridge", "--output", best, "--json", file, *ON_CPU)
+    assert json.loads(file.read_text())["numbers"] == [numbers["ridge/top1"]]
+
+
+@pytest.mark.slow
+def test_an_exported_folder_is_probed_like_its_checkpoint(run, tmp_path):
+    export = tmp_path / "export"
+    assert typed("export", run.last, "--to", "timm", "--out", export).status == 0
+    numbers = []
+    for network in (run.last, export):
+        file = tmp_path / "probe.json"
+        words = ("--data", "Digits", "--data.limit", 96, "--measures", "knn", "--json", file, *ON_CPU)
+        said = typed("probe", network, *words)
+        assert said.status == 0, said.err
+        numbers.append([number["value"] for number in json.loads(file.read_text())["numbers"]])
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.005)  # two of 500, by rounding
+
+
+def test_lidar_is_of_the_views_of_the_run(run, tmp_path):
+    said = typed("probe", run.last, "--measures", "lidar", *ON_CPU)
+    assert said.status == 0 and "lidar-v1 10 global views of 96 training samples" in said.out, said.err
 
 
 def test_other_data_is_looked_at_as_the_checkpoint_looks(run, pictures):
@@ -113,6 +172,9 @@ def test_data_without_labels_has_a_spectrum_and_no_more(run, pictures):
         (["--draws", "0"], ["--draws", "at least 1"]),
         (["--device", "tpv"], ["--device tpv cannot be used here"]),
         (["--json", "/"], ["--json / cannot be written"]),
+        (["--output", "cls", "--cache", "none"], ["--output cls", "pooled, last2_stages, last4_stages, or best"]),
+        (["--cache", "/dev/null/here"], ["--cache /dev/null/here", "or none"]),
+        (["--dtype", "int8"], ["--dtype", "float32", "float16"]),
     ],
 )
 def test_a_mistake_is_one_message(run, more, words):
