@@ -29,7 +29,7 @@ LIGHTNING_VERBS = {
 OWN_VERBS = {
     "check-data": "look at every picture before a run does: broken, repeated, tiny, leaked; loader speed",
     "look": "write the views of some samples, and what masks hide, as a PNG",
-    "probe": "judge a checkpoint's frozen features: kNN, linear, few labels",
+    "probe": "judge frozen features: kNN, linear, few labels, and which output serves best",
     "compare": "several networks, random weights and pixels on the same probes, and whether they differ beyond chance",
     "finetune": "train a backbone with a linear head on all labels and on few",
     "curate": "cluster the features of a data set, to draw from all of it alike",
@@ -37,7 +37,7 @@ OWN_VERBS = {
     "export": "write the backbone for timm or as safetensors, and prove it",
     "methods": "list the methods with their papers and configs",
     "verify": "prove on this machine that losses and steps are the papers', and that resume is exact",
-    "bench": "measure on this machine how fast views are made and steps taken, beside other libraries",
+    "bench": "measure how fast this machine makes views, takes steps and probes, beside other libraries",
     "quickstart": "pretrain on the bundled digits and compare with pixels and an untrained network",
 }
 USAGE = """\

@@ -1,11 +1,14 @@
-"""`ssd bench data` and `ssd bench step`: how fast this machine makes views and trains, ours beside others' in one run."""
+"""`ssd bench data`, `step` and `evaluation`: how fast this machine makes views, trains and probes, ours beside others' in one
+run."""
 
 import platform
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 
 from ssd.benchmarks.paired import Pair, pairs_table
 from ssd.data.dataset import start_worker
@@ -18,14 +21,18 @@ EPILOG = "Both sides in turn; medians, and the lowest and highest of the ratios 
 
 
 def run(argv: list[str]) -> int:
-    benchmarks: dict[str, Callable[[list[str]], int]] = {"data": run_data, "step": run_step}
+    benchmarks: dict[str, Callable[[list[str]], int]] = {
+        "data": run_data,
+        "step": run_step,
+        "evaluation": run_evaluation,
+    }
     parser = Parser(
         prog="ssd bench",
         description="Measures this machine, ours beside others' doing the same work. data: views of JPEG files. step: a "
-        "training step. ssd bench data --help and ssd bench step --help list what each takes.",
+        "training step. evaluation: probes of cached features. ssd bench data --help and so on list what each takes.",
         epilog=EPILOG,
     )
-    parser.add_argument("what", choices=list(benchmarks), metavar="data|step", help="what to measure")
+    parser.add_argument("what", choices=list(benchmarks), metavar="data|step|evaluation", help="what to measure")
     what = parser.parse_args(argv[:1]).what
     return benchmarks[what](argv[1:])
 
@@ -120,5 +127,56 @@ def run_step(argv: list[str]) -> int:
     out.print(pairs_table(pairs, f"DINO's step, {timed} on {platform.machine()}, torch {torch.__version__}"))
     for fact in facts:
         out.print(f"{fact['case']}: {fact['ours']:.1%} {fact['unit']}")
+    write_json(arguments.json, [pair.row() for pair in pairs] + facts)
+    return 0
+
+
+def run_evaluation(argv: list[str]) -> int:
+    from ssd.benchmarks.evaluation import PARTS, Sizes, measure, measure_on_gpu
+
+    sizes = Sizes()
+    parser = Parser(
+        prog="ssd bench evaluation",
+        description="Probes of cached features, ours beside the usual way to the same numbers, on features drawn with a "
+        "spectrum like a network's. Parts: "
+        + "; ".join(f"{part}, {what}" for part, what in PARTS.items())
+        + ". With a GPU also the seconds that each takes there.",
+        epilog=EPILOG + " One thread is timed in processor time, more by the wall, for which nothing else should run.",
+    )
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what to measure; all")
+    parser.add_argument("--rounds", type=at_least_one, default=5, help="times that each pair runs")
+    parser.add_argument("--threads", type=at_least_one, default=2, help="of torch and of BLAS, on both sides")
+    parser.add_argument("--bank", type=at_least_one, default=sizes.bank, help="k-NN's training samples")
+    parser.add_argument("--queries", type=at_least_one, default=sizes.queries, help="k-NN's test samples")
+    parser.add_argument("--train", type=at_least_one, default=sizes.train, help="the linear probes' training samples")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
+    arguments = parser.parse_args(argv)
+    check_json(arguments.json)
+    if arguments.train < 256:
+        raise UserError(f"--train is {arguments.train}, and a batch of the linear probe has 256. Use more.")
+    if arguments.bank < sizes.k:
+        raise UserError(f"--bank is {arguments.bank}, and {sizes.k} neighbours are asked. Use more.")
+
+    sizes = Sizes(bank=arguments.bank, queries=arguments.queries, train=arguments.train)
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    out, threads = console(), torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    pairs: list[Pair] = []
+    facts: list[dict[str, Any]] = []
+    try:
+        with threadpool_limits(arguments.threads):
+            for part in arguments.parts:
+                out.print(f"{part}: {PARTS[part]}")
+                found, answers = measure(part, sizes, arguments.rounds, clock)
+                pairs, facts = pairs + found, facts + answers
+    finally:
+        torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        facts += measure_on_gpu(sizes, arguments.rounds)
+    timed = "processor time of one thread" if arguments.threads == 1 else f"{arguments.threads} threads"
+    out.print(pairs_table(pairs, f"probes, {timed} on {platform.machine()}, torch {torch.__version__}"))
+    for fact in facts:
+        beside = "" if fact["baseline"] is None else f", theirs {fact['baseline']:.4f}"
+        out.print(f"{fact['case']}: {fact['ours']:.4f}{beside} {fact['unit']}", markup=False, highlight=False)
     write_json(arguments.json, [pair.row() for pair in pairs] + facts)
     return 0

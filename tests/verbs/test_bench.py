@@ -8,11 +8,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from ssd.benchmarks import data as benchmark
+from ssd.benchmarks.evaluation import clouds, train_layers
 from ssd.benchmarks.memory import peak_bytes
 from ssd.benchmarks.packed import packed_pass
 from ssd.benchmarks.paired import compare
 from ssd.benchmarks.step import PARTS, Case, Lightlys, Ours
 from ssd.cli import main
+from ssd.evaluation.linear import RATES, train_heads
 
 TINY = Case("test_vit", batch=2, prototypes=32)
 
@@ -143,3 +145,35 @@ def test_peak_bytes_counts_what_lives_at_once():
     assert peak_bytes(lambda: [torch.zeros(1000) for _ in range(3)]) == 12_000
     assert 4_000 <= peak_bytes(lambda: [torch.zeros(1000).sum() for _ in range(3)]) < 5_000
     assert peak_bytes(lambda: kept.view(10, 100)) == 0
+
+
+def test_bench_evaluation_compares_equal_answers(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    small = ["--rounds", "1", "--threads", "1", "--bank", "600", "--queries", "50", "--train", "520"]
+    assert main(["bench", "evaluation", *small, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    pairs = [row for row in rows if row["ratio"] is not None]
+    assert {row["against"] for row in pairs} == {"lightly", "a loop of layers", "scikit-learn"} and len(pairs) == 5
+    for row in pairs:
+        assert row["low"] <= row["ratio"] <= row["high"] and row["ours"] > 0 and row["baseline"] > 0
+    answers = [row for row in rows if row["ratio"] is None and row["unit"] == "share"]
+    assert len(answers) == 5
+    for row in answers:
+        assert row["ours"] == pytest.approx(row["baseline"], abs=0.05)  # five of 104; other batches in the loop
+    assert "lowest to highest" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(["--train", "100"], "--train is 100"), (["--bank", "100"], "--bank is 100")]
+)
+def test_bench_evaluation_says_what_is_wrong_before_it_measures(options, message, capsys):
+    assert main(["bench", "evaluation", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_layers_in_a_loop_are_the_heads_of_one_product():
+    """What is timed beside each other learns the same: on one batch a step, both from zero."""
+    features, labels = clouds(256, 16, 4, seed=0)
+    heads = train_heads(features, labels, RATES, 4, epochs=6, min_steps=1)
+    for number, layer in enumerate(train_layers(features, labels, 4, steps=6)):
+        assert_close(heads.weight[number].T, layer.weight.detach(), atol=1e-4, rtol=1e-4)
