@@ -8,6 +8,7 @@ samples votes for its class with weight exp(similarity / temperature).
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,7 @@ def faster_search(bank: Tensor, queries: int, count: int) -> str:
 @cache
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for it; without them the product is slower than in float32."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not say
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not say
     return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
 
 
