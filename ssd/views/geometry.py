@@ -54,15 +54,29 @@ def evaluation_picture(image: np.ndarray, size: int, crop: float) -> Tensor:
     Image (H, W, C) uint8, size in px, crop in (0, 1] -> (C, size, size) uint8. With 224 and 0.875 this is
     the customary resize to 256 and centre crop of 224.
     """
-    height, width = image.shape[:2]
+    high, wide, top, left = evaluation_place(*image.shape[:2], size, crop)
+    picture = resize(channels_last(image), high, wide)[0]
+    return picture[:, top : top + size, left : left + size].contiguous()
+
+
+def evaluation_map(labels: np.ndarray, size: int, crop: float) -> np.ndarray:
+    """What `evaluation_picture` shows of a picture, of a map (H, W) of labels: the nearest pixel's. -> (size, size)"""
+    height, width = labels.shape
+    high, wide, top, left = evaluation_place(height, width, size, crop)
+    # centre on centre, as the picture's pixels are resized
+    rows = (2 * np.arange(top, top + size) + 1) * height // (2 * high)
+    columns = (2 * np.arange(left, left + size) + 1) * width // (2 * wide)
+    return labels[rows[:, None], columns]
+
+
+def evaluation_place(height: int, width: int, size: int, crop: float) -> tuple[int, int, int, int]:
+    """Height and width to which a picture is resized for evaluation, and top and left of the square that is cut out."""
     short = round(size / crop)
     if height <= width:
         high, wide = short, short * width // height
     else:
         high, wide = short * height // width, short
-    picture = resize(channels_last(image), high, wide)[0]
-    top, left = round((high - size) / 2), round((wide - size) / 2)
-    return picture[:, top : top + size, left : left + size].contiguous()
+    return high, wide, round((high - size) / 2), round((wide - size) / 2)
 
 
 def channels_last(image: np.ndarray) -> Tensor:
