@@ -110,8 +110,8 @@ def scaling(features: Tensor) -> tuple[Tensor, Tensor]:
     As `scaling.standardise`: a dimension that is constant up to rounding becomes 0.
     """
     count = features.shape[0] * features.shape[1]
-    mean = sum(part.double().sum((0, 1)) for _, part in in_parts(features)) / count
-    power = sum((part.double() - mean).square().sum((0, 1)) for _, part in in_parts(features)) / count
-    deviation = power.sqrt()
+    mean = torch.stack([part.double().sum((0, 1)) for _, part in in_parts(features)]).sum(0) / count
+    squares = torch.stack([(part.double() - mean).square().sum((0, 1)) for _, part in in_parts(features)]).sum(0)
+    deviation = (squares / count).sqrt()
     constant = deviation <= 1e-6 * (mean.abs() + deviation.max())
     return mean.float(), torch.where(constant, 0.0, 1 / deviation).float()

@@ -92,8 +92,8 @@ def retrieval_numbers(
     bank_labels = test_labels if alone else train_labels
     ranked = len(bank_labels) - int(alone)
     first = sorted({k for k in (*recalls, *precisions) if k <= ranked})
-    bank = (None, None) if alone else (train, train_labels)
-    precision, found = average_precisions(test, test_labels, *bank, first=first)
+    bank, of_bank = (None, None) if alone else (train, train_labels)
+    precision, found = average_precisions(test, test_labels, bank, of_bank, first)
     asked = ~precision.isnan()
     if not asked.any():
         raise UserError(f"retrieval among {among} samples needs a class with two samples or more. Give more samples.")

@@ -54,7 +54,8 @@ def evaluation_picture(image: np.ndarray, size: int, crop: float) -> Tensor:
     Image (H, W, C) uint8, size in px, crop in (0, 1] -> (C, size, size) uint8. With 224 and 0.875 this is
     the customary resize to 256 and centre crop of 224.
     """
-    high, wide, top, left = evaluation_place(*image.shape[:2], size, crop)
+    height, width = image.shape[:2]
+    high, wide, top, left = evaluation_place(height, width, size, crop)
     picture = resize(channels_last(image), high, wide)[0]
     return picture[:, top : top + size, left : left + size].contiguous()
 
