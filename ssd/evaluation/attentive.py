@@ -21,7 +21,7 @@ from ssd.data.randomness import generator
 from ssd.errors import UserError
 from ssd.evaluation.heads import Fit
 from ssd.evaluation.patches import in_parts, scaling
-from ssd.evaluation.protocol import Number, chance_level, check_labels, count_classes, top1
+from ssd.evaluation.protocol import Number, accuracy_number, check_labels, count_classes, top1
 from ssd.evaluation.splits import held_out
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -80,8 +80,7 @@ def attentive_numbers(
         f"attentive-v1 one query, {heads} heads, {train.shape[1]} patches, best of {len(RATES)} rates on 10% of train: "
         f"{fit.setting:g}"
     )
-    value = top1(fit.predictions, test_labels, classes)
-    return [Number("attentive/top1", value, protocol, chance_level(test_labels))]
+    return [accuracy_number("attentive/top1", top1(fit.predictions, test_labels, classes), protocol, test_labels)]
 
 
 def attentive_predict(

@@ -111,7 +111,7 @@ def few_shot_numbers(
     queries: int = 15,
     episodes: int = 1000,
 ) -> list[Number]:
-    """Mean accuracy over the episodes, for each number of shots. (N, D), (N,), (Q, D), (Q,).
+    """Mean accuracy over the episodes with its 95 % interval, for each number of shots. (N, D), (N,), (Q, D), (Q,).
 
     On data with fewer classes than `ways`, or whose smallest class has fewer test samples than `queries`, there are as
     many as it has, and name and protocol say so. Numbers of shots that fewer than two classes have are left out; UserError
@@ -128,10 +128,11 @@ def few_shot_numbers(
             continue
         drawn = draw_episodes(train_labels, test_labels, possible, shot, queries, episodes, seed)
         accuracies = episode_accuracy(train, test, drawn)
-        spread = float(accuracies.std()) if episodes > 1 else None
-        protocol = f"few-shot-v1 {possible}-way {shot}-shot, {queries} queries a class, mean of {episodes} episodes"
+        mean = float(accuracies.mean())
+        reach = half_interval(accuracies)
+        protocol = f"few-shot-v1 {possible}-way {shot}-shot, {queries} queries, {episodes} episodes"
         name = f"few_shot/{possible}way_{shot}shot/top1"
-        numbers.append(Number(name, float(accuracies.mean()), protocol, 1 / possible, spread))
+        numbers.append(Number(name, mean, protocol, 1 / possible, low=mean - reach, high=mean + reach))
     if not numbers:
         raise UserError(
             f"few-shot episodes of {' or '.join(map(str, shots))} shots need two classes with so many training samples and "

@@ -12,6 +12,9 @@ from torchmetrics.functional.classification import multiclass_stat_scores
 
 from ssd.errors import UserError
 
+SCORES = ("brier", "nll")
+"""Measures that chance has a meaning for and that are no shares."""
+
 
 @dataclass(frozen=True)
 class Number:
@@ -21,7 +24,8 @@ class Number:
         name: group and measure, as it is logged after the stage: "knn/top1". Accuracies end in "top1".
         value: accuracies are shares in [0, 1].
         protocol: name, version and settings; equal protocols on equal features give equal numbers.
-        chance: what always answering the commonest class of the test labels gets; None where chance has no meaning.
+        chance: what is had without looking, of accuracies by always answering the commonest class of the test labels; None
+            where chance has no meaning.
         spread: standard deviation over repeated draws, None for a single run.
         low, high: 95 % interval of an accuracy of a single run: what another test set of the same size could have given.
     """
@@ -36,9 +40,16 @@ class Number:
 
     def text(self) -> str:
         """The value for people: shares, which are what chance has a meaning for, in percent; the rest as they are."""
-        factor = 1 if self.chance is None else 100
-        text = f"{factor * self.value:.1f}"
-        return text if self.spread is None else f"{text} ± {factor * self.spread:.1f}"
+        text = self.written(self.value)
+        return text if self.spread is None else f"{text} ± {self.written(self.spread)}"
+
+    def chance_text(self) -> str:
+        return "" if self.chance is None else self.written(self.chance)
+
+    def written(self, value: float) -> str:
+        if self.name.endswith(SCORES):
+            return f"{value:.3f}"
+        return f"{value:.1f}" if self.chance is None else f"{100 * value:.1f}"
 
     def interval_text(self) -> str:
         return "" if self.low is None or self.high is None else f"{100 * self.low:.1f} to {100 * self.high:.1f}"

@@ -99,9 +99,9 @@ def retrieval_numbers(
         raise UserError(f"retrieval among {among} samples needs a class with two samples or more. Give more samples.")
     sizes = bank_labels.bincount(minlength=int(test_labels.max()) + 1)[test_labels[asked]] - int(alone)  # relevant
     missing = int((~asked).sum())
-    against = f"{'other test' if alone else 'training'} samples"
-    left = f", {missing} queries without another left out" if missing else ""
-    protocol = f"retrieval-v1 cosine, each test sample against {ranked} {against}{left}"
+    against = f"{ranked} others" if alone else f"{ranked} training samples"
+    left = f", {missing} without another left out" if missing else ""
+    protocol = f"retrieval-v1 cosine, each test sample among {against}{left}"
     numbers = [
         Number("retrieval/map", float(precision[asked].mean()), protocol, float(chance_precision(sizes, ranked).mean()))
     ]

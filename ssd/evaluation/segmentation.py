@@ -109,7 +109,7 @@ def segmentation_numbers(
     }
     numbers = []
     for name, segmented in found.items():
-        protocol = f"segmentation-{name}-v1 {settings[name]}, {grid[0]}x{grid[1]} patches, {side} pixels"
+        protocol = f"segmentation-{name}-v1 {settings[name]}, {grid[0]}x{grid[1]} patches, {side} px"
         guessed = chance.measures()
         numbers += [
             Number(f"segmentation/{name}/{measure}", value, protocol, guessed[measure])

@@ -8,11 +8,16 @@ from rich.table import Table
 from torch import Tensor
 
 from ssd.errors import UserError
+from ssd.evaluation.calibration import calibration_numbers
+from ssd.evaluation.clustering import clustering_numbers
 from ssd.evaluation.few_labels import few_label_accuracy
+from ssd.evaluation.few_shot import few_shot_numbers
 from ssd.evaluation.knn import knn_accuracy
 from ssd.evaluation.linear import RATES, linear_predict
 from ssd.evaluation.logistic import PENALTIES, logistic_predict
+from ssd.evaluation.ood import ood_numbers
 from ssd.evaluation.protocol import Number, accuracy_number, chance_level, check_labels, count_classes, top1
+from ssd.evaluation.retrieval import retrieval_numbers
 from ssd.evaluation.ridge import ridge_predict
 from ssd.evaluation.spectrum import alpha_req, rankme
 from ssd.evaluation.splits import labels_per_class
@@ -103,8 +108,15 @@ MEASURES: dict[str, Callable[[Sets], list[Number]]] = {
     "ridge": ridge_numbers,
     "few_labels": few_label_numbers,
     "spectrum": spectrum_numbers,
+    "few_shot": lambda sets: few_shot_numbers(*sets.labelled, seed=sets.seed),
+    "retrieval": lambda sets: retrieval_numbers(*sets.labelled, seed=sets.seed),
+    "ood": lambda sets: ood_numbers(*sets.labelled, seed=sets.seed),
+    "calibration": lambda sets: calibration_numbers(*sets.labelled, seed=sets.seed),
+    "clustering": lambda sets: clustering_numbers(*sets.labelled, seed=sets.seed),
 }
 """What is asked of features, in the order of the table."""
+USUAL = ("knn", "linear", "logistic", "ridge", "few_labels", "spectrum")
+"""What is asked where no measures are named."""
 WITHOUT_LABELS = frozenset({"spectrum"})
 
 
@@ -113,7 +125,7 @@ def evaluate(
     train_labels: Tensor,
     test: Tensor,
     test_labels: Tensor,
-    measures: Sequence[str] = tuple(MEASURES),
+    measures: Sequence[str] = USUAL,
     **settings: Any,
 ) -> list[Number]:
     """The numbers of `MEASURES`, from features and labels of a training and a test set.
@@ -227,14 +239,13 @@ def few_label_number(
 
 
 def table(numbers: Sequence[Number], title: str | None = None) -> Table:
-    """One line a number: name, value (accuracies in percent), interval, chance, protocol."""
+    """One line a number: name, value (shares in percent), interval, chance, protocol."""
     drawn = Table("measure", title=title)
     for column in ("value", "95 %", "chance"):
         drawn.add_column(column, justify="right")
     drawn.add_column("protocol")
     for number in numbers:
-        chance = "" if number.chance is None else f"{100 * number.chance:.1f}"
-        drawn.add_row(number.name, number.text(), number.interval_text(), chance, number.protocol)
+        drawn.add_row(number.name, number.text(), number.interval_text(), number.chance_text(), number.protocol)
     return drawn
 
 

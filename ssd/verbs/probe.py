@@ -17,30 +17,44 @@ from ssd.evaluation.dense import dense_number, pixel_patches
 from ssd.evaluation.feature_cache import DTYPES, FeatureTable, feature_table
 from ssd.evaluation.features import Features, extract, pixels
 from ssd.evaluation.lidar import SAMPLES, VIEWS, lidar_number
+from ssd.evaluation.logistic import logistic_predict
 from ssd.evaluation.outputs import outputs_of, parts_of
-from ssd.evaluation.protocol import Number
-from ssd.evaluation.suite import MEASURES, WITHOUT_LABELS, evaluate, few_label_report, report_table
+from ssd.evaluation.protocol import Number, count_classes
+from ssd.evaluation.suite import MEASURES, USUAL, WITHOUT_LABELS, evaluate, few_label_report, report_table
 from ssd.memory import keep_freed_memory
 from ssd.record import build, describe
-from ssd.summary import check_json, console, number_rows, print_numbers, write_json
+from ssd.summary import (
+    check_json,
+    check_writable,
+    console,
+    number_rows,
+    print_facts,
+    print_numbers,
+    shown,
+    write_json,
+)
 from ssd.verbs.arguments import Parser, at_least_one, split_data
 from ssd.verbs.extraction import add_extraction, check_device
 from ssd.verbs.loading import load_data
 from ssd.verbs.networks import load_network
+from ssd.verbs.patch_probes import attentive_of, segmentation_of
 from ssd.views.recipes import PlainViews
 
 OF_THE_NETWORK = ("outputs", "lidar", "dense")
 """Measures that need more than one output's features."""
+OF_PATCHES = ("attentive", "segmentation")
+"""Measures that need every patch of every sample."""
 
 
 def run(argv: list[str]) -> int:
-    names = (*MEASURES, *OF_THE_NETWORK)
+    usual, names = (*USUAL, *OF_THE_NETWORK), (*MEASURES, *OF_THE_NETWORK, *OF_PATCHES)
     parser = Parser(
         prog="ssd probe",
         description="Extracts frozen features once, with every output of the network (class token, mean patch, last blocks), "
         "then asks kNN, linear, logistic and few-label probes, the spectrum, which output serves kNN and the linear probe "
         "best (outputs), how well views of a sample keep together (lidar), and whether patches find their place again in "
-        "another crop (dense). Views and normalisation are the network's own.",
+        "another crop (dense). Named by --measures, also few-shot episodes, retrieval, out-of-distribution detection (ood), "
+        "calibration, clustering, an attentive probe and segmentation. Views and normalisation are the network's own.",
         epilog="--data takes a path, a class name or a data config, and --data.KEY VALUE its settings, as in ssd fit; "
         "without it the checkpoint's own data is used. Features are kept on disk and read again when network, data, views, "
         "normalisation and precision are the same.",
@@ -49,16 +63,26 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--measures",
         nargs="+",
-        default=list(names),
+        default=list(usual),
         choices=names,
         metavar="MEASURE",
-        help=f"which of {', '.join(names)}; default: all",
+        help=f"which of {', '.join(names)}; default: {', '.join(usual)}",
     )
     parser.add_argument(
         "--output",
         metavar="NAME",
         help="what the measures are of: a name from the table of outputs, or best, the linear probe's choice; default: the "
         "network's own, as it is exported",
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="MAPS",
+        help="folder of label maps for --measures segmentation: PNG of 8 bits, named like the pictures, 255 for none",
+    )
+    parser.add_argument(
+        "--confusion",
+        metavar="FILE",
+        help="write which classes the logistic probe takes for which as a picture, and print the pairs confused most",
     )
     parser.add_argument("--baselines", action="store_true", help="also raw pixels and the untrained network")
     parser.add_argument(
@@ -77,12 +101,18 @@ def run(argv: list[str]) -> int:
     arguments = parser.parse_args(own)
     check_json(arguments.json)
     check_device(arguments.device)
+    check_confusion(arguments.confusion)
+    if ("segmentation" in arguments.measures) != (arguments.labels is not None):
+        raise UserError(
+            "segmentation needs a label for every pixel, and nothing else does: give --measures segmentation and --labels MAPS "
+            "together, or neither."
+        )
     folder = kept_in(arguments.cache)
 
     keep_freed_memory()
     backbone, about = load_network(arguments.file)
     data = load_data(chosen, about, "probe")
-    check_labelled(data, arguments.measures)
+    check_labelled(data, [*arguments.measures, *([] if arguments.confusion is None else ["logistic"])])
     out = console()
     settings = {"device": arguments.device, "precision": arguments.precision}
     backbone = backbone.to(arguments.device)
@@ -115,6 +145,11 @@ def run(argv: list[str]) -> int:
     if "dense" in arguments.measures:
         dense = dense_number(backbone, data.test_dataloader()[-1], **settings)
         numbers += [] if dense is None else [dense]
+    every = (arguments.seed, sys.stdout.isatty())
+    if "attentive" in arguments.measures:
+        numbers += attentive_of(backbone, data, *every, **settings)
+    if "segmentation" in arguments.measures:
+        numbers += segmentation_of(backbone, data, arguments.labels, *every, **settings)
     counts = f"{len(bank.labels)} training, {len(queries.labels)} test samples"
     if len(tables) == 1:
         counts = f"{len(bank.labels)} samples"
@@ -123,6 +158,12 @@ def run(argv: list[str]) -> int:
     if "outputs" in arguments.measures:
         out.print(outputs_table(tables[0], choices))
         content["outputs"] = {probe: {"best": c.output, "held_out": c.held_out} for probe, c in choices.items()}
+    if arguments.confusion is not None:
+        pairs = write_confusion(arguments.confusion, bank, queries, data.classes, arguments.seed)
+        content["confusion"] = {"file": arguments.confusion, "pairs": pairs}
+        print_facts(
+            out, {"confusion": shown(arguments.confusion)} | {f"pair {i}": said for i, said in enumerate(pairs, 1)}
+        )
     if arguments.baselines:
         own_bank, own_queries = (table.features() for table in (tables[0], tables[-1]))
         report = compare_with_baselines(
@@ -199,7 +240,7 @@ def samples_print(data: Any, source: Any) -> dict[str, Any]:
 
 def check_labelled(data: Any, measures: list[str]) -> None:
     """Raises UserError where a measure needs labels and there are none."""
-    if len(data.test_sources()) < 2 and not {*WITHOUT_LABELS, "lidar", "dense"}.issuperset(measures):
+    if len(data.test_sources()) < 2 and not {*WITHOUT_LABELS, "lidar", "dense", "segmentation"}.issuperset(measures):
         raise UserError(
             "the data has no labels, which kNN and linear probes need. Give data with labels (class folders, a list file "
             "with labels, or a label column) by --data, or ask for --measures spectrum lidar dense."
@@ -220,6 +261,29 @@ def features_of(
     progress = f"{name} features" if sys.stdout.isatty() else None
     parts = [extract(embed, loader, progress=progress, **settings) for loader in data.test_dataloader()]
     return parts[0], parts[-1]
+
+
+# ---------------------------------------------------------------------- confusion
+
+
+def check_confusion(file: str | None) -> None:
+    """Raises UserError for a file that no picture could be written to."""
+    if file is not None and Path(file).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--confusion {file} is no name of a picture. Give a file that ends in .png, .jpg or .webp.")
+    check_writable("--confusion", file)
+
+
+def write_confusion(file: str, bank: Features, queries: Features, classes: list[str] | None, seed: int) -> list[str]:
+    """The picture of what the logistic probe takes for what; the five pairs confused most, in words."""
+    from ssd.evaluation.confusion import confusion, confusion_picture, most_confused
+
+    known, asked = bank.labels >= 0, queries.labels >= 0
+    labels, truth = bank.labels[known], queries.labels[asked]
+    number = count_classes(labels, truth)
+    fit = logistic_predict(bank.features[known], labels, queries.features[asked], number, seed=seed)
+    matrix = confusion(fit.predictions, truth, number)
+    confusion_picture(matrix, classes, "logistic probe, % of each class").save(file)
+    return most_confused(matrix, classes)
 
 
 # ---------------------------------------------------------------------- outputs

@@ -91,8 +91,8 @@ def test_names_and_protocols_say_what_was_drawn():
     (train, labels), (test, truth) = clouds(60, classes=3), clouds(24, classes=3, seed=1)
     one, five = few_shot_numbers(train, labels, test, truth, episodes=10)
     assert one.name == "few_shot/3way_1shot/top1" and five.name == "few_shot/3way_5shot/top1"
-    assert one.protocol == "few-shot-v1 3-way 1-shot, 8 queries a class, mean of 10 episodes"
-    assert one.chance == 1 / 3 and one.spread > 0
+    assert one.protocol == "few-shot-v1 3-way 1-shot, 8 queries, 10 episodes"
+    assert one.chance == 1 / 3 and one.low < one.value < one.high
 
 
 def test_the_interval_is_the_usual_one():

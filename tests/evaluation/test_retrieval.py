@@ -102,9 +102,7 @@ def test_queries_without_another_of_their_class_are_left_out_and_said():
     numbers = retrieval_numbers(train, labels, test, truth)
     assert [number.name for number in numbers] == ["retrieval/map", "retrieval/recall1", "retrieval/recall5"]
     assert numbers[0].value == pytest.approx(precision[:8].mean().item())
-    assert numbers[0].protocol == (
-        "retrieval-v1 cosine, each test sample against 8 other test samples, 1 queries without another left out"
-    )
+    assert numbers[0].protocol == "retrieval-v1 cosine, each test sample among 8 others, 1 without another left out"
     assert len(retrieval_numbers(train, labels, test, truth, among="train")) == 4
 
 

@@ -69,7 +69,7 @@ def test_pictures_and_maps_are_laid_over_each_other(shapes):
         assert numbers[f"{name}/miou"].value > 0.75 > 0.5 > numbers[f"{name}/miou"].chance
         assert numbers[f"{name}/pixel_accuracy"].value > 0.88
     assert numbers["segmentation/knn/miou"].protocol == (
-        "segmentation-knn-v1 k=20 T=0.07, at most 1536 patches, 8x8 patches, 32x32 pixels"
+        "segmentation-knn-v1 k=20 T=0.07, at most 1536 patches, 8x8 patches, 32x32 px"
     )
 
 
