@@ -113,24 +113,27 @@ def few_shot_numbers(
 ) -> list[Number]:
     """Mean accuracy over the episodes with its 95 % interval, for each number of shots. (N, D), (N,), (Q, D), (Q,).
 
-    On data with fewer classes than `ways`, or whose smallest class has fewer test samples than `queries`, there are as
-    many as it has, and name and protocol say so. Numbers of shots that fewer than two classes have are left out; UserError
-    where none is left.
+    On data with fewer classes than `ways` there are as many as it has. Where classes have fewer test samples than
+    `queries`, there are as many queries as three quarters of the classes have, and the rest are left out; name and
+    protocol say so. Numbers of shots that fewer than two classes have are left out too; UserError where none is left.
     """
     check_labels("few-shot episodes", training=train_labels, test=test_labels)
-    present = test_labels.bincount()
-    sizes = train_labels.bincount(minlength=len(present))[: len(present)]
-    queries = min(queries, int(present[present > 0].min()))
+    asked = test_labels.bincount()
+    taught = train_labels.bincount(minlength=len(asked))[: len(asked)]
     numbers = []
     for shot in shots:
-        possible = min(ways, int(((sizes >= shot) & (present >= queries)).sum()))
-        if possible < 2:
+        sizes = asked[(asked > 0) & (taught >= shot)].sort(descending=True).values
+        if len(sizes) < 2:
             continue
-        drawn = draw_episodes(train_labels, test_labels, possible, shot, queries, episodes, seed)
+        possible = min(ways, len(sizes))
+        each = min(queries, int(sizes[max(possible, math.ceil(0.75 * len(sizes))) - 1]))
+        drawn = draw_episodes(train_labels, test_labels, possible, shot, each, episodes, seed)
         accuracies = episode_accuracy(train, test, drawn)
         mean = float(accuracies.mean())
         reach = half_interval(accuracies)
-        protocol = f"few-shot-v1 {possible}-way {shot}-shot, {queries} queries, {episodes} episodes"
+        kept, present = int((sizes >= each).sum()), int((asked > 0).sum())
+        among = "" if kept == present else f" of {kept} of {present} classes"
+        protocol = f"few-shot-v1 {possible}-way {shot}-shot, {each} queries, {episodes} episodes{among}"
         name = f"few_shot/{possible}way_{shot}shot/top1"
         numbers.append(Number(name, mean, protocol, 1 / possible, low=mean - reach, high=mean + reach))
     if not numbers:

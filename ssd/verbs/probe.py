@@ -1,6 +1,7 @@
 """`ssd probe FILE --data ...`: what frozen features are worth."""
 
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -159,8 +160,8 @@ def run(argv: list[str]) -> int:
         out.print(outputs_table(tables[0], choices))
         content["outputs"] = {probe: {"best": c.output, "held_out": c.held_out} for probe, c in choices.items()}
     if arguments.confusion is not None:
-        pairs = write_confusion(arguments.confusion, bank, queries, data.classes, arguments.seed)
-        content["confusion"] = {"file": arguments.confusion, "pairs": pairs}
+        pairs, classes = write_confusion(arguments.confusion, bank, queries, data.classes, arguments.seed)
+        content["confusion"] = {"file": arguments.confusion, "pairs": pairs, "top1": classes}
         print_facts(
             out, {"confusion": shown(arguments.confusion)} | {f"pair {i}": said for i, said in enumerate(pairs, 1)}
         )
@@ -273,9 +274,12 @@ def check_confusion(file: str | None) -> None:
     check_writable("--confusion", file)
 
 
-def write_confusion(file: str, bank: Features, queries: Features, classes: list[str] | None, seed: int) -> list[str]:
-    """The picture of what the logistic probe takes for what; the five pairs confused most, in words."""
-    from ssd.evaluation.confusion import confusion, confusion_picture, most_confused
+def write_confusion(
+    file: str, bank: Features, queries: Features, classes: list[str] | None, seed: int
+) -> tuple[list[str], dict[str, float]]:
+    """The picture of what the logistic probe takes for what; the five pairs confused most, in words, and the accuracy of
+    each class that has test samples."""
+    from ssd.evaluation.confusion import class_accuracies, class_names, confusion, confusion_picture, most_confused
 
     known, asked = bank.labels >= 0, queries.labels >= 0
     labels, truth = bank.labels[known], queries.labels[asked]
@@ -283,7 +287,8 @@ def write_confusion(file: str, bank: Features, queries: Features, classes: list[
     fit = logistic_predict(bank.features[known], labels, queries.features[asked], number, seed=seed)
     matrix = confusion(fit.predictions, truth, number)
     confusion_picture(matrix, classes, "logistic probe, % of each class").save(file)
-    return most_confused(matrix, classes)
+    accuracies = zip(class_names(matrix, classes), class_accuracies(matrix).tolist(), strict=True)
+    return most_confused(matrix, classes), {name: share for name, share in accuracies if not math.isnan(share)}
 
 
 # ---------------------------------------------------------------------- outputs

@@ -95,6 +95,14 @@ def test_names_and_protocols_say_what_was_drawn():
     assert one.chance == 1 / 3 and one.low < one.value < one.high
 
 
+def test_a_class_with_few_test_samples_does_not_make_episodes_small():
+    """Seven classes of nine test samples and one of two: nine queries each, of the seven."""
+    (train, labels), (test, _) = clouds(80, classes=8), clouds(65, classes=8, seed=1)
+    truth = torch.cat([torch.arange(63) % 7, torch.tensor([7, 7])])
+    one, _ = few_shot_numbers(train, labels, test, truth, episodes=10)
+    assert one.protocol == "few-shot-v1 5-way 1-shot, 9 queries, 10 episodes of 7 of 8 classes"
+
+
 def test_the_interval_is_the_usual_one():
     """Ten right and ten wrong episodes: deviation sqrt(20 / 19) / 2, divided by the root of 20."""
     accuracies = torch.tensor([0.0, 1.0] * 10).double()

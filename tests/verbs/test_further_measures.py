@@ -40,7 +40,9 @@ def test_the_confusion_is_a_picture_and_five_pairs(run, tmp_path):
     file, picture = tmp_path / "probe.json", tmp_path / "confusion.png"
     said = typed("probe", run.last, "--measures", "spectrum", "--confusion", picture, "--json", file, *ON_CPU)
     assert said.status == 0, said.err
-    pairs = json.loads(file.read_text())["confusion"]["pairs"]
+    found = json.loads(file.read_text())["confusion"]
+    assert len(found["top1"]) == 10 and all(0 <= share <= 1 for share in found["top1"].values())
+    pairs = found["pairs"]
     assert len(pairs) == 5 and all(pair in said.out and "taken for" in pair for pair in pairs)
     assert Image.open(picture).size[0] > 400
 
