@@ -16,7 +16,7 @@ from ssd.summary import check_json, check_writable, console, write_json
 from ssd.verbs.arguments import Parser, at_least_one, import_choices, split_data, subclasses
 from ssd.verbs.loading import check_pictures, load_data, typed_data
 from ssd.views.parameters import Box
-from ssd.views.sheet import CELL, sheet
+from ssd.pictures.sheet import CELL, sheet
 from ssd.views.view import Views
 from ssd.weights.checkpoint import read_checkpoint
 
