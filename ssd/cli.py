@@ -233,6 +233,7 @@ def command_class():
 
     from ssd.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
     from ssd.callbacks.online import OnlineEvaluation
+    from ssd.callbacks.pictures import RunPictures
     from ssd.callbacks.preemption import Preemption
     from ssd.callbacks.progress import RunProgress
     from ssd.callbacks.run_config import RunConfig
@@ -285,6 +286,7 @@ def command_class():
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(OnlineEvaluation, "evaluation")
+            parser.add_lightning_class_args(RunPictures, "pictures")
             parser.add_lightning_class_args(Checkpoints, "checkpoints")
             parser.add_argument(
                 "--ckpt_path",

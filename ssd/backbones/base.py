@@ -3,7 +3,7 @@
 import difflib
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -22,6 +22,20 @@ ABILITIES = {
     "taps": "return intermediate outputs",
     "until": "stop after a block",
 }
+
+
+class Attention(NamedTuple):
+    """Where the last block looks.
+
+    Args:
+        shares: (B, heads, N) of the attention of one query, what falls on each patch; other tokens get the rest of 1.
+        grid: (h, w) of the patches.
+        query: whose attention it is, in words.
+    """
+
+    shares: Tensor
+    grid: tuple[int, int]
+    query: str
 
 
 class Backbone(Recorded, nn.Module):
@@ -114,6 +128,13 @@ class Backbone(Recorded, nn.Module):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an input of `height` by `width` pixels."""
         raise NotImplementedError
+
+    def attention_map(self, x: Tensor) -> Attention:
+        """Where each head of the last block looks in pictures (B, C, H, W). Raises UserError where there is no such thing."""
+        raise UserError(
+            f"{type(self).__name__} '{self.name}' has no attention over all its patches, so there is none to show. Its "
+            "features can be shown: ask for pca."
+        )
 
     def describe_timm(self) -> dict[str, Any]:
         """`name` and `kwargs` with which `timm.create_model` builds this model without its training-only

@@ -10,7 +10,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssd.backbones.base import Backbone, create, say_padding, tap_names
+from ssd.backbones.base import Attention, Backbone, create, say_padding, tap_names
 from ssd.backbones.drop_path import set_drop_path
 from ssd.backbones.positions import sincos_positions
 from ssd.batch import Tokens
@@ -174,6 +174,22 @@ class ViT(Backbone):
             registers=sequence[:, prefix - self.num_registers : prefix] if self.num_registers else None,
         )
 
+    @torch.no_grad()
+    def attention_map(self, x: Tensor) -> Attention:
+        """Of the class token, or the mean over all patches where there is none; after softmax, as the block computes it."""
+        self.check_input(x)
+        self.use_fitting_attention(x)
+        grid, sequence, ropes = self.embed(x, None, None, None)
+        places: list[dict[str, Any]] = [{"rope": rope} if self.rotary else {} for rope in ropes]
+        # a look at a few pictures is no reason to compile for their shape
+        with torch.compiler.set_stance("force_eager"):
+            for block, place in zip(self.blocks[:-1], places[:-1]):
+                sequence = self.run(block, sequence, place)
+            shares = attention_of(self.blocks[-1], sequence, places[-1])[..., self.num_prefix :]  # (B, heads, n, N)
+        if self.model.cls_token is not None:
+            return Attention(shares[:, :, 0], grid, "class token")
+        return Attention(shares[:, :, self.num_prefix :].mean(2), grid, "mean of the patches")
+
     def run(self, block: nn.Module, sequence: Tensor, place: dict[str, Any]) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, sequence, use_reentrant=False, **place)
@@ -257,3 +273,23 @@ def block_and_mlp(block: Any, sequence: Tensor, place: dict[str, Any]) -> tuple[
         return block(sequence, **place), seen[0]
     finally:
         hook.remove()
+
+
+def attention_of(block: nn.Module, sequence: Tensor, place: dict[str, Any]) -> Tensor:
+    """What each token (B, n, D) gives each other in a block that is not compiled, softmax over the last dimension.
+    (B, heads, n, n)"""
+    own: list[Any] = [module for module in block.modules() if hasattr(module, "fused_attn")]
+    if len(own) != 1:
+        raise UserError(
+            f"{type(block).__name__} has {len(own)} attentions, and only that of one can be shown. Ask for pca."
+        )
+    seen: list[Tensor] = []
+    # the fused product never holds the shares; the plain one hands them to their dropout
+    fused, own[0].fused_attn = own[0].fused_attn, False
+    hook = own[0].attn_drop.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    try:
+        block(sequence, **place)
+    finally:
+        hook.remove()
+        own[0].fused_attn = fused
+    return seen[0]

@@ -167,6 +167,20 @@ class EvaluationPictures(Dataset[dict[str, Any] | None]):
         return {"sample": look, "label": self.pictures.source.label(index), "index": index}
 
 
+def looked_at(
+    samples: EvaluationPictures, rows: Sequence[int], collate: Callable[[list[Any]], dict[str, Tensor]]
+) -> tuple[list[np.ndarray], dict[str, Tensor]]:
+    """The evaluation looks at some pictures, (h, w, C) uint8, and the batch of them that a network gets; broken ones are
+    left out of both."""
+    found = [item for item in (samples[int(row)] for row in rows) if item is not None]
+    return [item["sample"].permute(1, 2, 0).numpy() for item in found], collate(found)
+
+
+def evenly(count: int, of: int) -> list[int]:
+    """At most `count` places, spread evenly over `of`: sources are often sorted by class."""
+    return np.unique(np.linspace(0, of - 1, min(count, of)).round().astype(int)).tolist()
+
+
 @dataclass(frozen=True)
 class CollateEvaluation:
     """-> {"sample": (B, C, h, w) float32 normalised, "label": (B,) or -1, "index": (B,)}, int64.

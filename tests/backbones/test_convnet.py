@@ -164,3 +164,9 @@ def test_a_tap_that_does_not_exist_is_refused():
         network("resnet18")(torch.randn(1, 3, 32, 32), taps=(5,))
     with pytest.raises(UserError, match="one MLP"):
         network("resnet18")(torch.randn(1, 3, 32, 32), taps=("block1.mlp",))
+
+
+@each_network
+def test_there_is_no_attention_to_show_and_the_message_says_what_there_is(name):
+    with pytest.raises(UserError, match=f"ConvNet '{name}' has no attention over all its patches.*pca"):
+        network(name).attention_map(torch.randn(1, 3, 64, 64))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ssd.backbones.base import set_drop_path_zero
-from ssd.backbones.vit import ViT
+from ssd.backbones.vit import ViT, attention_of
 from ssd.benchmarks.memory import peak_bytes
 from ssd.errors import UserError
 from ssd.record import build, describe
@@ -362,3 +362,65 @@ def test_impossible_questions_are_refused(asked, message):
     backbone = vit()
     with pytest.raises(UserError, match=message):
         backbone(pictures(backbone), **asked)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_is_what_the_last_block_multiplies_its_values_with(name):
+    """Shares of the whole last block, times its values, give what its fused product gives, and the class token's row is
+    what is shown; without a class token, the mean over patches."""
+    backbone = vit(name)
+    x, block = pictures(backbone), backbone.blocks[-1]
+    found = backbone.attention_map(x)
+    grid, sequence, ropes = backbone.embed(x, None, None, None)
+    place = {"rope": ropes[-1]} if backbone.rotary else {}
+    for number, before in enumerate(backbone.blocks[:-1]):
+        sequence = before(sequence, **({"rope": ropes[number]} if backbone.rotary else {}))
+    shares = attention_of(block, sequence, place)
+    assert_close(shares.sum(-1), torch.ones(2, 2, sequence.shape[1]))
+    values = []
+    projection = block.attn.proj
+    hook = projection.register_forward_pre_hook(lambda module, arguments: values.append(arguments[0]))
+    with torch.no_grad():
+        block(sequence, **place)
+        normed = block.norm1(sequence)
+        if block.attn.qkv is not None:
+            bias = block.attn.qkv.bias
+            if bias is None and getattr(block.attn, "q_bias", None) is not None:
+                bias = torch.cat([block.attn.q_bias, torch.zeros_like(block.attn.v_bias), block.attn.v_bias])
+            v = F.linear(normed, block.attn.qkv.weight, bias).chunk(3, -1)[2]
+        else:
+            v = block.attn.v_proj(normed)
+    hook.remove()
+    mixed = (shares @ v.unflatten(-1, (2, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    norm = getattr(block.attn, "norm", nn.Identity())
+    assert_close(values[0], norm(mixed), atol=1e-5, rtol=1e-4)
+    prefix = backbone.num_prefix
+    if backbone.model.cls_token is not None:
+        assert_close(found.shares, shares[:, :, 0, prefix:])
+        assert found.query == "class token"
+    else:
+        assert_close(found.shares, shares.mean(2))
+        assert found.query == "mean of the patches"
+    assert found.grid == grid == (3, 4)
+
+
+def test_asking_for_attention_leaves_the_network_as_it_was():
+    backbone = vit()
+    x = pictures(backbone)
+    before = backbone(x).patches
+    backbone.attention_map(x)
+    assert all(module.fused_attn for module in backbone.attention)
+    assert not backbone.blocks[-1].attn.attn_drop._forward_pre_hooks
+    assert_close(backbone(x).patches, before, atol=0, rtol=0)
+
+
+def test_attention_of_compiled_blocks_is_read_without_compiling_for_it():
+    backbone = vit()
+    expected = backbone.attention_map(pictures(backbone)).shares
+    for block in backbone.blocks:
+        block.compile(backend=refuse)
+    assert_close(backbone.attention_map(pictures(backbone)).shares, expected, atol=0, rtol=0)
+
+
+def refuse(graph, inputs):
+    raise AssertionError("compiled")

@@ -6,8 +6,8 @@ import torch
 
 from ssd.batch import Batch, Masks
 from ssd.errors import UserError
-from ssd.views import photometry
 from ssd.pictures.sheet import COLOURS, GAP, HEADING, colours_of, denormalised, sheet, with_masked
+from ssd.views import photometry
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 

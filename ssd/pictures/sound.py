@@ -1,0 +1,138 @@
+"""Sounds as a waveform over a log-mel spectrogram, and when each view was taken."""
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ssd.batch import Batch
+from ssd.pictures.layout import FAINT, INK, LINE, Colour, font, stacked, with_margin
+from ssd.pictures.sheet import COLOURS
+
+MELS = 64
+WINDOW_S, HOP_S = 0.025, 0.01
+RANGE_DB = 70  # below the loudest, where the picture is black
+WAVE_HEIGHT, ROW_HEIGHT = 40, 2  # px, of the waveform and of one mel band
+LONGEST = 1000  # px, of a whole sound
+
+
+def log_mel(samples: Tensor, rate_hz: int) -> Tensor:
+    """Power in mel bands, dB, (S,) -> (MELS, frames): windows of 25 ms every 10 ms."""
+    size, hop = max(16, round(WINDOW_S * rate_hz)), max(1, round(HOP_S * rate_hz))
+    samples = torch.nn.functional.pad(samples.float(), (0, max(0, size - len(samples))))
+    points = 2 ** (size - 1).bit_length()
+    power = torch.stft(
+        samples,
+        points,
+        hop,
+        size,
+        torch.hann_window(size),
+        center=True,
+        pad_mode="constant",
+        return_complex=True,
+    )
+    return 10 * torch.log10(mel_filters(points, rate_hz) @ power.abs().square() + 1e-10)
+
+
+def mel_filters(points: int, rate_hz: int) -> Tensor:
+    """Triangles evenly spaced in mel, 2595 log10(1 + f / 700), of area 1. (MELS, points // 2 + 1)"""
+    highest = 2595 * np.log10(1 + rate_hz / 2 / 700)
+    edges = 700 * (10 ** (np.linspace(0, highest, MELS + 2) / 2595) - 1)
+    frequencies = np.linspace(0, rate_hz / 2, points // 2 + 1)
+    rising = (frequencies - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - frequencies) / (edges[2:] - edges[1:-1])[:, None]
+    triangles = np.maximum(0, np.minimum(rising, falling))
+    # a band narrower than the distance of two frequencies would be empty: it takes the nearest
+    empty = triangles.sum(1) == 0
+    nearest = np.abs(frequencies - edges[1:-1, None]).argmin(1)
+    triangles[empty, nearest[empty]] = 1
+    return torch.from_numpy(triangles / triangles.sum(1, keepdims=True)).float()
+
+
+def sound_picture(samples: Tensor, rate_hz: int, wide: int) -> Image.Image:
+    """The waveform (S,), at its own full height, over the spectrogram; low tones at the bottom."""
+    levels = log_mel(samples, rate_hz)
+    shown = ((levels - levels.max()) / RANGE_DB + 1).clamp(0, 1).flip(0).numpy()
+    coloured = (255 * matplotlib.colormaps["magma"](shown)[:, :, :3]).astype(np.uint8)
+    spectrogram = Image.fromarray(coloured).resize((wide, MELS * ROW_HEIGHT), Image.Resampling.BILINEAR)
+    return stacked([waveform(samples, wide), spectrogram], gap=1)
+
+
+def waveform(samples: Tensor, wide: int) -> Image.Image:
+    """The smallest and the largest value of each pixel's samples, joined."""
+    picture = Image.new("RGB", (wide, WAVE_HEIGHT), "white")
+    pen = ImageDraw.Draw(picture)
+    values = samples.float().numpy()
+    middle, largest = (WAVE_HEIGHT - 1) / 2, max(peak(samples), 1e-12)
+    for x, part in enumerate(np.array_split(values, wide)):
+        low, high = (part.min(), part.max()) if len(part) else (0.0, 0.0)
+        pen.line((x, middle - middle * high / largest, x, middle - middle * low / largest), fill=(70, 90, 130))
+    return picture
+
+
+def peak(samples: Tensor) -> float:
+    """The largest value either way, of full scale."""
+    return float(samples.abs().max()) if len(samples) else 0.0
+
+
+def sound_sheet(
+    batch: Batch,
+    originals: Sequence[Tensor],
+    places_s: Sequence[dict[str, list[tuple[float, float]]]],
+    rate_hz: int,
+) -> Image.Image:
+    """For each sample the whole sound with the time of every view, then each view as the network gets it, at one scale.
+
+    Args:
+        batch: views (V, B, S) with `valid`; padding is left out.
+        originals: whole sounds (S,).
+        places_s: of each sample, kind -> start and end of each view, s.
+    """
+    tints = {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(batch.views)}
+    longest = max(map(len, originals))
+    blocks = []
+    for row, (original, places) in enumerate(zip(originals, places_s, strict=True)):
+        scale = LONGEST / longest
+        wide = max(1, round(len(original) * scale))
+        duration_s = len(original) / rate_hz
+        parts = [
+            line(f"sound of {duration_s:.2f} s at {rate_hz} Hz, peak {peak(original):.2f}", INK),
+            sound_picture(original, rate_hz, wide),
+            spans(places, tints, duration_s, wide),
+        ]
+        for kind, views in batch.views.items():
+            for number, view in enumerate(views[:, row]):
+                samples = view.detach().cpu()
+                if kind in batch.valid:
+                    samples = samples[batch.valid[kind][number, row].cpu()]
+                start, end = places[kind][number]
+                parts += [
+                    line(f"{kind} {number + 1}: {start:.2f} to {end:.2f} s, peak {peak(samples):.2f}", tints[kind]),
+                    sound_picture(samples, rate_hz, max(1, round(len(samples) * scale))),
+                ]
+        blocks.append(stacked(parts, gap=3))
+    return with_margin(stacked(blocks, gap=24))
+
+
+def line(text: str, colour: Colour = FAINT) -> Image.Image:
+    picture = Image.new("RGB", (int(font().getlength(text)) + 2, LINE), "white")
+    ImageDraw.Draw(picture).text((0, 0), text, fill=colour, font=font())
+    return picture
+
+
+def spans(
+    places: dict[str, list[tuple[float, float]]], tints: dict[str, Colour], duration_s: float, wide: int
+) -> Image.Image:
+    """A line for each view, from its start to its end, of the whole sound's width."""
+    bars = Image.new("RGB", (wide, 6 * sum(map(len, places.values()))), "white")
+    pen = ImageDraw.Draw(bars)
+    y = 0
+    for kind, table in places.items():
+        for start, end in table:
+            left, right = (round(edge / duration_s * (wide - 1)) for edge in (start, end))
+            pen.rectangle((left, y, max(left + 1, right), y + 3), fill=tints[kind])
+            y += 6
+    return bars

@@ -1,0 +1,214 @@
+"""`ssd look FILE --show ...`: what a checkpoint's network sees in held-out pictures."""
+
+import argparse
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from ssd.batch import Scores
+from ssd.data.dataset import EvaluationPictures, evenly, looked_at
+from ssd.errors import UserError
+from ssd.evaluation.features import extract
+from ssd.pictures.attention import attention_sheet, spread
+from ssd.pictures.components import component_sheet, fit_basis
+from ssd.pictures.neighbours import named, nearest, neighbour_sheet
+from ssd.pictures.prototypes import answers_of, most_used, patch_in_place, prototype_sheet
+from ssd.pictures.sheet import CELL, colours_of
+from ssd.verbs.loading import check_pictures, load_data, load_module
+
+INSIDE = ("attention", "pca", "neighbours", "prototypes")
+MOST = 64  # samples
+ALIKE = 8  # neighbours of each, and pictures of a prototype
+SEARCHED = 1000  # training samples in which prototypes are looked for
+AT_ONCE = 50
+
+Look = tuple[Image.Image, list[str], dict[str, Any]]
+
+
+def look_inside(arguments: argparse.Namespace, chosen: list[str]) -> Look:
+    """A picture, what to say of it, and its content as JSON."""
+    module, about = load_module(arguments.file)
+    data = load_data(chosen, about, "look")
+    check_pictures(data, f"look --show {arguments.show}")
+    backbone = module.evaluated_backbone
+    if arguments.size is not None:
+        data.views = replace(data.views, evaluation_size=sized(arguments.size, backbone))
+    if torch.cuda.is_available():
+        module.cuda()
+    held_out = data.test_dataloader()[-1].dataset
+    if arguments.show == "prototypes":
+        return prototypes(arguments, module, data)
+    rows = evenly(min(arguments.samples, MOST), len(held_out))
+    looks, batch = looked_at(held_out, rows, data.evaluation_collate())
+    if not looks:
+        raise UserError(
+            "none of the held-out pictures can be read, so there is nothing to show. Give other data by --data."
+        )
+    pictures = [colours_of(look, arguments.bands) for look in looks]
+    names = [held_out.pictures.source.describe(index) for index in batch["index"].tolist()]
+    if arguments.show == "attention":
+        return attention(arguments, backbone, pictures, batch, names)
+    if arguments.show == "pca":
+        return components(arguments, backbone, pictures, batch, names)
+    return neighbours(arguments, backbone, data, pictures, batch, names)
+
+
+def sized(size: int, backbone: Any) -> int:
+    """Raises UserError for a side that a transformer's patches do not divide."""
+    patch = backbone.patch_size if "visible" in backbone.can else 1
+    wrong = [side for side in (patch if isinstance(patch, tuple) else (patch,)) if size % side]
+    if wrong:
+        raise UserError(
+            f"--size {size} does not divide into patches of {wrong[0]} px. Use a multiple, for instance "
+            f"{max(1, size // wrong[0]) * wrong[0]}."
+        )
+    return size
+
+
+def attention(
+    arguments: argparse.Namespace, backbone: Any, pictures: list[np.ndarray], batch: dict[str, Tensor], names: list[str]
+) -> Look:
+    with torch.no_grad():
+        found = backbone.attention_map(batch["sample"].to(device_of(backbone)))
+    told = [f"row {row}: {name}" for row, name in enumerate(names, start=1)]
+    rows = [
+        {"picture": name, "spread": spread(shares).tolist()} for name, shares in zip(names, found.shares.float().cpu())
+    ]
+    heads, grid = found.shares.shape[1], found.grid
+    what = f"{len(names)} pictures, attention of the {found.query} in {heads} heads of the last block to {grid[0]} x {grid[1]}"
+    content = {"query": found.query, "grid": list(grid), "rows": rows}
+    return attention_sheet(pictures, found, arguments.cell or CELL), [*told, f"{what} patches"], content
+
+
+def components(
+    arguments: argparse.Namespace, backbone: Any, pictures: list[np.ndarray], batch: dict[str, Tensor], names: list[str]
+) -> Look:
+    patches, grid = patches_of(backbone, batch["sample"])
+    like = None
+    if arguments.like is not None:
+        other, other_grid = patches_of(load_module(arguments.like)[0].evaluated_backbone, batch["sample"])
+        if other_grid != grid:
+            raise UserError(
+                f"--like {arguments.like} has {other_grid[0]} x {other_grid[1]} patches of a picture, and the network has "
+                f"{grid[0]} x {grid[1]}. Give a checkpoint of the same backbone."
+            )
+        like = fit_basis(other.flatten(0, 1)).scores(other.flatten(0, 1))
+    basis = fit_basis(patches.flatten(0, 1), like)
+    told = [f"column {column}: {name}" for column, name in enumerate(names, start=1)]
+    what = f"{len(names)} pictures, the three main components of {grid[0]} x {grid[1]} patches as red, green and blue"
+    sheet = component_sheet(pictures, basis.scores(patches), grid, arguments.cell or CELL)
+    return sheet, [*told, what], {"grid": list(grid), "rows": [{"picture": name} for name in names]}
+
+
+def neighbours(
+    arguments: argparse.Namespace,
+    backbone: Any,
+    data: Any,
+    pictures: list[np.ndarray],
+    batch: dict[str, Tensor],
+    names: list[str],
+) -> Look:
+    loaders = data.val_dataloader()
+    bank: EvaluationPictures = loaders[0].dataset
+    progress = "features" if sys.stdout.isatty() else None
+    found = extract(lambda x: backbone(x).pooled(), loaders[0], device_of(backbone), progress=progress)
+    with torch.no_grad():
+        queries = backbone(batch["sample"].to(device_of(backbone))).pooled().float().cpu()
+    own = None
+    if len(loaders) == 1:  # without labels the pictures are of the bank
+        places = {index: place for place, index in enumerate(found.index.tolist())}
+        own = torch.tensor([places.get(index, -1) for index in batch["index"].tolist()])
+    similarity, rows = nearest(queries, found.features, ALIKE, own)
+    chosen = [found.index[row].tolist() for row in rows]
+    shown = [[colours_of(picture_at(bank, index), arguments.bands) for index in row] for row in chosen]
+    labels = [found.labels[row].tolist() for row in rows]
+    sheet = neighbour_sheet(
+        pictures, shown, similarity, batch["label"].tolist(), labels, data.classes, arguments.cell or CELL
+    )
+    told = [f"row {row}: {name}" for row, name in enumerate(names, start=1)]
+    content = {
+        "rows": [
+            {
+                "picture": name,
+                "class": named(label, data.classes),
+                "neighbours": [bank.pictures.source.describe(index) for index in row],
+                "similarity": near,
+                "classes": [named(other, data.classes) for other in others],
+            }
+            for name, label, row, near, others in zip(
+                names, batch["label"].tolist(), chosen, similarity.tolist(), labels
+            )
+        ]
+    }
+    what = f"{len(names)} pictures and their {rows.shape[1]} nearest of {len(found.index)} training pictures"
+    return sheet, [*told, what], content
+
+
+def prototypes(arguments: argparse.Namespace, module: Any, data: Any) -> Look:
+    network = module.teacher.network if module.teacher.follows else module.student
+    bank: EvaluationPictures = data.val_dataloader()[0].dataset
+    rows = evenly(SEARCHED, len(bank))
+    features, looks, indices, grid = [], [], [], (1, 1)
+    prototypes, what = torch.zeros(0), ""
+    batches = [rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE)]
+    for part in track(batches, "answers", disable=not sys.stdout.isatty()):
+        seen, batch = looked_at(bank, part, data.evaluation_collate())
+        with torch.no_grad():
+            tokens = network.backbone(batch["sample"].to(device_of(network)))
+            answers, what = answers_of(network, tokens)
+        grid = tokens.grid
+        features.append(answers.features.float().cpu())
+        prototypes = answers.prototypes.float().cpu()
+        looks += seen
+        indices += batch["index"].tolist()
+    patches = grid[0] * grid[1] if what == "patches" else 1
+    shown = most_used(Scores(torch.cat(features), prototypes), min(arguments.samples, MOST), ALIKE, patches)
+
+    def picture(row: int) -> np.ndarray:
+        look = colours_of(looks[row // patches], arguments.bands)
+        return patch_in_place(look, row % patches, grid) if what == "patches" else look
+
+    pictures = [[picture(row) for row in found if row >= 0] for found in shown.rows.tolist()]
+    sheet = prototype_sheet(shown, pictures, what, arguments.cell or CELL)
+    content = {
+        "of": what,
+        "rows": [
+            {
+                "prototype": number,
+                "share": share,
+                "pictures": [bank.pictures.source.describe(indices[row // patches]) for row in found if row >= 0],
+            }
+            for number, share, found in zip(shown.numbers.tolist(), shown.shares.tolist(), shown.rows.tolist())
+        ],
+    }
+    text = f"the {len(pictures)} most used of {len(prototypes)} prototypes, with the {what} of {len(looks)} training pictures"
+    return sheet, [f"{text} that score highest"], content
+
+
+def patches_of(backbone: Any, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """(B, N, D) and the grid. Raises UserError for a network that answers one patch."""
+    with torch.no_grad():
+        tokens = backbone(pictures.to(device_of(backbone)))
+    if len(tokens.patches[0]) < 2:
+        raise UserError(
+            f"the network answers one patch for pictures of {pictures.shape[-1]} px, so there is no map to show. Show it larger "
+            "ones by --size."
+        )
+    return tokens.patches.float().cpu(), tokens.grid
+
+
+def picture_at(samples: EvaluationPictures, index: int) -> np.ndarray:
+    """(h, w, C) uint8 of a sample that was readable before."""
+    item = samples[index]
+    assert item is not None, "it was embedded"
+    return item["sample"].permute(1, 2, 0).numpy()
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    return next(module.parameters()).device
