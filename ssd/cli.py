@@ -28,10 +28,11 @@ LIGHTNING_VERBS = {
 }
 OWN_VERBS = {
     "check-data": "look at every picture before a run does: broken, repeated, tiny, leaked; loader speed",
-    "look": "write the views of some samples, and what masks hide, as a PNG",
+    "look": "write the views of some samples, or what a network sees in them, as a PNG",
     "probe": "judge frozen features: kNN, linear, few labels, and which output serves best",
     "compare": "several networks, random weights and pixels on the same probes, and whether they differ beyond chance",
     "finetune": "train a backbone with a linear head on all labels and on few",
+    "report": "one page about a run or several: numbers, curves, pictures, settings",
     "curate": "cluster the features of a data set, to draw from all of it alike",
     "manifest": "write a table of a data set's files: labels, groups, sizes, lengths",
     "export": "write the backbone for timm or as safetensors, and prove it",
@@ -221,7 +222,7 @@ def remove_if_empty(folder: str | None) -> None:
     if folder is None or not os.path.isdir(folder):
         return
     logs = glob.glob(f"{glob.escape(folder)}/csv/*/metrics.csv")
-    if not logs and {entry.name for entry in os.scandir(folder)} <= {"config.yaml", "csv", "tensorboard"}:
+    if not logs and {entry.name for entry in os.scandir(folder)} <= {"config.yaml", "run.json", "csv", "tensorboard"}:
         shutil.rmtree(folder)
 
 
@@ -237,6 +238,7 @@ def command_class():
     from ssd.callbacks.preemption import Preemption
     from ssd.callbacks.progress import RunProgress
     from ssd.callbacks.run_config import RunConfig
+    from ssd.callbacks.run_facts import RunFacts
     from ssd.callbacks.throughput import Throughput
     from ssd.summary import check_json, evaluation_summary, fit_summary, shown, write_predictions
     from ssd.verbs.settings import RaisesReports
@@ -334,7 +336,7 @@ def command_class():
                 kwargs["logger"] = loggers if fitting else False
             kwargs["plugins"] = [*as_list(config["plugins"]), AtomicCheckpointIO()]
             self.throughput = Throughput()
-            ours = [self.throughput, Preemption()]
+            ours = [self.throughput, RunFacts(), Preemption()]
             if config["enable_progress_bar"] is not False:
                 if fitting:
                     ours.append(RunProgress())

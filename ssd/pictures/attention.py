@@ -18,7 +18,8 @@ GREY = np.array([0.299, 0.587, 0.114])
 def attention_sheet(pictures: Sequence[np.ndarray], attention: Attention, cell: int = 128) -> Image.Image:
     """One row a picture: itself, the mean of the heads, each head. B arrays (h, w, 3) uint8.
 
-    Each map is brightest at its own largest value. The number under it says over how many patches it is spread: the
+    Each map is brightest at its own largest value, or at twice an even share where that is more, so that attention to
+    everything alike is no bright picture. The number under it says over how many patches it is spread: the
     exponential of its entropy, all of them where it looks everywhere alike.
     """
     shares = attention.shares.detach().float().cpu()  # (B, heads, N)
@@ -43,10 +44,11 @@ def spread(shares: Tensor) -> Tensor:
 
 
 def overlaid(picture: np.ndarray, values: Tensor) -> np.ndarray:
-    """(H, W, 3) uint8 and values (h, w) at least 0, in equal fields -> the picture in grey under their heat, (H, W, 3)."""
+    """(H, W, 3) uint8 and values (h, w) that sum to 1 at most -> the picture in grey under their heat, (H, W, 3)."""
     height, width = picture.shape[:2]
     rows, columns = values.shape
-    heat = matplotlib.colormaps["inferno"]((values / values.max().clamp_min(1e-12)).numpy())[:, :, :3]
+    brightest = values.max().clamp_min(2 / values.numel())
+    heat = matplotlib.colormaps["inferno"]((values / brightest).numpy())[:, :, :3]
     heat = heat[np.arange(height) * rows // height][:, np.arange(width) * columns // width]
     grey = (picture @ GREY / 255)[:, :, None]
     return np.rint(255 * (HEAT * heat + (1 - HEAT) * grey)).astype(np.uint8)

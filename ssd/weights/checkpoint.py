@@ -25,8 +25,8 @@ HARMLESS: list[Any] = [
 ]
 
 
-def read_file(path: str | Path) -> Any:
-    """What `torch.save` wrote, on the CPU, without running any code in it.
+def read_file(path: str | Path, mmap: bool = False) -> Any:
+    """What `torch.save` wrote, on the CPU, without running any code in it; tensors stay on the disk where `mmap`.
 
     Raises UserError for a file that is missing, truncated, of another kind, or that holds Python objects.
     """
@@ -35,7 +35,7 @@ def read_file(path: str | Path) -> Any:
         raise UserError(f"there is no file {path}. Give the path of a checkpoint or a file of weights.")
     try:
         with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found or zipfile.is_zipfile(path):
@@ -54,9 +54,9 @@ def read_file(path: str | Path) -> Any:
         ) from None
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """A checkpoint of ours: `state_dict`, and under `ssd` what built the run. Raises UserError for other files."""
-    contents = read_file(path)
+    contents = read_file(path, mmap)
     if not is_checkpoint(contents):
         kind = f"the keys {shortened(contents)}" if isinstance(contents, Mapping) else f"a {type(contents).__name__}"
         raise UserError(
