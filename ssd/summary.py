@@ -115,6 +115,7 @@ def fit_summary(
         facts["best checkpoint"] = f"{shown(best)}  ({checkpoints.best_monitor} {checkpoints.best_value:.4f})"
     if finished:
         export = shown(os.path.join(trainer.default_root_dir, "export"))
+        facts["read about it with"] = f"ssd report {shown(str(trainer.default_root_dir))}"
         facts["load it with"] = f"ssd export {shown(best or last)} --to timm --out {export}"
     elif last:
         facts["go on with"] = f"ssd fit --ckpt_path {shown(last)}"

@@ -223,7 +223,7 @@ def baselines(run: Run, several: bool) -> str:
         if protocol
     )
     return (
-        f"<h3>{escape(run.name) + ': ' if several else ''}frozen features of held-out data</h3>"
+        f"<h3>{f'{escape(run.name)}: f' if several else 'F'}rozen features of held-out data</h3>"
         f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         + (f"<details><summary>Protocols</summary><ul class=facts>{named}</ul></details>" if named else "")
     )

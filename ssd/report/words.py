@@ -27,6 +27,13 @@ MEASURES = {
     "health/skipped_steps": "skipped steps",
     "memory/peak_gib": "peak memory, GiB",
 }
+PROBES = {
+    "linear_1pct": "a linear probe on 1 % of the labels",
+    "linear_10pct": "a linear probe on 10 % of the labels",
+    "knn": "their nearest neighbours",
+    "linear": "a linear probe",
+}
+"""In a sentence."""
 ROWS = {"pixels": "raw pixels", "untrained": "untrained network", "pretrained": "pretrained"}
 TELLING = ("linear_1pct", "linear_10pct", "knn", "linear")
 """Measures by how much they tell of pretraining: the fewer labels, the more."""
@@ -134,7 +141,7 @@ def verdict(run: Run) -> list[str]:
     best = next((name for name in TELLING if name in table.get("pretrained", {})), None)
     if best is not None:
         of = table["pretrained"][best]
-        sentence = f"Its frozen features get *{percent(of.value)}* of held-out samples right by {measure(best)}"
+        sentence = f"Its frozen features get *{percent(of.value)}* of held-out samples right by {PROBES[best]}"
         beside = [
             f"*{100 * (of.value - table[row][best].value):+.1f}* points over {words} ({percent(table[row][best].value)})"
             for row, words in (("pixels", "raw pixels"), ("untrained", "the untrained network"))

@@ -88,6 +88,7 @@ def run(argv: list[str]) -> int:
     out_console = console()
     out_console.print(report_table(table, title="held-out digits, frozen features, %"))
     out_console.print(f"{seconds:.0f} s of training, {images / seconds:,.0f} images/s, curve in {curve}")
+    out_console.print(f"ssd report {out} makes a page of it", markup=False, highlight=False, soft_wrap=True)
     out_console.print(
         f"The backbone lies in {export.folder} and differs by {export.difference:.1g} after reloading. Load it with"
     )

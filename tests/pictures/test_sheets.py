@@ -26,7 +26,7 @@ def test_attention_that_is_even_is_spread_over_all_patches_and_one_that_is_not_o
 
 def test_the_patch_that_is_looked_at_is_bright_and_the_others_keep_the_picture():
     values = torch.zeros(2, 2)
-    values[0, 1] = 0.2
+    values[0, 1] = 0.9
     shown = overlaid(np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2), values).astype(int)
     assert shown[:8, 8:].mean() > 150 and shown[8:].mean() < 60
     assert shown[15, 15].sum() > shown[8, 0].sum() + 50, "the picture shows through"

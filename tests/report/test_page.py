@@ -78,7 +78,7 @@ def test_a_reader_sees_the_verdict_first(whole):
     text = Parts(page([whole])).text
     assert "DINO trained resnet18 (1.2 M parameters) on Digits, 1,297 samples, for 30 steps in 2 min" in text
     verdict = (
-        "85.0 % of held-out samples right by linear probe, 1 % of the labels: +25.0 points over raw pixels (60.0 %) and"
+        "85.0 % of held-out samples right by a linear probe on 1 % of the labels: +25.0 points over raw pixels (60.0 %) and"
     )
     assert verdict in text and "+45.0 points over the untrained network (40.0 %)" in text
     places = [
