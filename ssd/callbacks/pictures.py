@@ -74,7 +74,8 @@ class RunPictures(pl.Callback):
         features, labels, index = (torch.cat(part) for part in zip(*self._bank))
         self._bank = []
         self._drawn = self._past(pl_module)
-        logger, data = self._logger(trainer, pl_module), trainer.datamodule
+        logger = self._logger(trainer, pl_module)
+        data: Any = getattr(trainer, "datamodule", None)
         loaders: Any = trainer.val_dataloaders
         loaders = loaders if isinstance(loaders, list) else [loaders]
         bank, held_out = loaders[0].dataset, loaders[-1].dataset
@@ -119,7 +120,8 @@ class RunPictures(pl.Callback):
         like = self._scores
         basis = fit_basis(patches, like if like is not None and len(like) == len(patches) else None)
         self._scores = basis.scores(patches).float()
-        return component_sheet(pictures, basis.scores(tokens.patches), tokens.grid)
+        rows, columns = tokens.grid
+        return component_sheet(pictures, basis.scores(tokens.patches), (rows, columns))
 
     def _due(self, trainer: pl.Trainer, pl_module: Any) -> bool:
         """Whether this evaluation is one of `times`: the first behind each such share of the run."""

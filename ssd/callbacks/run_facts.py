@@ -45,7 +45,7 @@ class RunFacts(pl.Callback):
             "total_steps": pl_module.total_steps,
             "steps_per_epoch": pl_module.steps_per_epoch,
             "backbone": network(pl_module),
-            "data": data_card(trainer.datamodule),
+            "data": data_card(getattr(trainer, "datamodule", None)),
             "environment": environment(trainer),
             "sessions": [*(before if isinstance(before, list) else []), session],
         }

@@ -23,6 +23,7 @@ JPEG_QUALITY = 90
 MOST_SETTINGS = 20  # that differ and are shown at once
 MOST_CLASSES = 40  # named in a data card
 
+OTHERS = ("train/loss/", "train/grad", "train/speed", "train/health", "train/memory", "train/schedule/")
 CHARTS: dict[str, Callable[[str], bool]] = {
     "Held-out data": lambda name: name.startswith("val/"),
     "Loss": lambda name: name.startswith("train/loss/"),
@@ -32,7 +33,6 @@ CHARTS: dict[str, Callable[[str], bool]] = {
     ),
     "Schedules": lambda name: name.startswith("train/schedule/"),
 }
-OTHERS = ("train/loss/", "train/grad", "train/speed", "train/health", "train/memory", "train/schedule/")
 CLOSED = ("Schedules",)
 """Sections that open on demand."""
 PICTURES = {

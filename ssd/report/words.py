@@ -42,9 +42,8 @@ MONITORS = ("knn/top1", "linear/top1", "dense/correspondence", "spectrum/rankme"
 
 
 def measure(name: str) -> str:
-    """What a logged name, without its stage, is called; of losses and schedules what is behind the slash."""
-    known = name.removeprefix("loss/").removeprefix("schedule/").replace("_", " ")
-    return MEASURES.get(name, known)
+    """What a logged name, without its stage, is called; its last part where it has no words of its own."""
+    return MEASURES.get(name, name.rpartition("/")[2].replace("_", " "))
 
 
 def importance(name: str) -> tuple[int, str]:
@@ -154,8 +153,8 @@ def verdict(run: Run) -> list[str]:
     if found:
         what = listed([f"*{value(number)}* {measure(number.name)}" for number in found])
         chance = found[0].chance
-        beside = f" (chance {percent(chance)})" if chance is not None else ""
-        sentences.append(f"At its last evaluation: {what}{beside}.")
+        guess = f" (chance {percent(chance)})" if chance is not None else ""
+        sentences.append(f"At its last evaluation: {what}{guess}.")
     else:
         sentences.append("It has not been evaluated.")
     return sentences

@@ -98,7 +98,7 @@ def look_at_views(arguments: argparse.Namespace, chosen: list[str]) -> tuple[Ima
     names = [data.source.describe(index) for index in batch.index.tolist()]
     told = [f"row {row}: {name}" for row, name in enumerate(names, start=1)]
     rows: list[dict[str, Any]] = [{"picture": name} for name in names]
-    columns = Box
+    columns: Any = Box
     if isinstance(loader.dataset, TrainingPictures):
         originals = [loader.dataset.pictures[index] for index in batch.index.tolist()]
         page = sheet(batch, originals, data.mean, data.std, arguments.bands, arguments.cell or CELL)

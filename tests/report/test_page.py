@@ -77,9 +77,7 @@ def test_nothing_is_asked_of_the_network_or_of_other_files(whole):
 def test_a_reader_sees_the_verdict_first(whole):
     text = Parts(page([whole])).text
     assert "DINO trained resnet18 (1.2 M parameters) on Digits, 1,297 samples, for 30 steps in 2 min" in text
-    verdict = (
-        "85.0 % of held-out samples right by a linear probe on 1 % of the labels: +25.0 points over raw pixels (60.0 %) and"
-    )
+    verdict = "85.0 % of held-out samples right by a linear probe on 1 % of the labels: +25.0 points over raw pixels (60.0 %) and"
     assert verdict in text and "+45.0 points over the untrained network (40.0 %)" in text
     places = [
         text.index(word)
@@ -176,37 +174,53 @@ def test_large_pictures_become_photographs(tmp_path):
     assert markup.count("data:image/jpeg;base64,") == 1 and markup.count("data:image/png;base64,") == 1
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on this machine")
-def test_a_browser_reads_it_and_its_script_runs(whole, tmp_path):
-    """The script says that it is done, the last picture of a kind is shown and the others are not, and nothing was
-    reported to the console."""
-    file = tmp_path / "page.html"
-    file.write_text(page([whole]))
+def in_browser(text: str, folder) -> tuple[str, str]:
+    """What the page becomes once its scripts have run, and what was reported to the console."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium or google-chrome on this machine")
+    file = folder / "page.html"
+    file.write_text(text)
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     flags += " --disable-component-update --disable-sync --enable-logging=stderr --dump-dom --window-size=1200,900"
     said = subprocess.run(
-        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()],
+        [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", file.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert said.returncode == 0, said.stderr[-2000:]
-    assert 'data-ready="yes"' in said.stdout and "CONSOLE" not in said.stderr
-    (components,) = re.findall(r'<figure class="picture" data-steps="\[10, 20, 30\]".*?</figure>', said.stdout, re.S)
+    return said.stdout, "\n".join(line for line in said.stderr.splitlines() if "CONSOLE" in line)
+
+
+def test_a_browser_reads_it_and_its_script_runs(whole, tmp_path):
+    """The script says that it is done, the last picture of a kind is shown and the others are not, and nothing was
+    reported to the console."""
+    shown, console = in_browser(page([whole]), tmp_path)
+    assert 'data-ready="yes"' in shown and console == ""
+    (components,) = re.findall(r'<figure class="picture" data-steps="\[10, 20, 30\]".*?</figure>', shown, re.S)
     assert ["hidden" in image for image in re.findall(r"<img [^>]*>", components)] == [True, True, False]
     assert "<output>step 30</output>" in components
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on this machine")
+def test_values_show_under_the_pointer_and_pictures_follow_their_slider(whole, tmp_path):
+    acts = """<script>
+      const svg = document.querySelector("svg"), frame = svg.getBoundingClientRect();
+      const middle = frame.left + frame.width / 2;
+      svg.dispatchEvent(new PointerEvent("pointermove", {clientX: middle, clientY: frame.top + 20}));
+      const slider = document.querySelector("input[type=range]");
+      slider.value = "0";
+      slider.dispatchEvent(new Event("input"));
+    </script></body>"""
+    shown, console = in_browser(page([whole]).replace("</body>", acts), tmp_path)
+    assert console == ""
+    (hover,) = re.findall(r'<div class="hover" style="display: block;[^>]*>(.*?)</div></figure>', shown, re.S)
+    assert re.sub(r"<[^>]*>", " ", hover).split() == ["step", "20", "2"]
+    (components,) = re.findall(r'<figure class="picture" data-steps="\[10, 20, 30\]".*?</figure>', shown, re.S)
+    assert ["hidden" in image for image in re.findall(r"<img [^>]*>", components)] == [False, True, True]
+    assert "<output>step 10</output>" in components
+
+
 def test_a_mistake_in_a_script_would_be_seen(tmp_path):
-    """That the browser's console is read where the test above looks for it."""
-    file = tmp_path / "page.html"
-    file.write_text("<script>undefined_function();</script>")
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --enable-logging=stderr --dump-dom"
-    said = subprocess.run(
-        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert "CONSOLE" in said.stderr and "undefined_function" in said.stderr
+    """That the browser's console is read where the tests above look for it."""
+    _, console = in_browser("<script>undefined_function();</script>", tmp_path)
+    assert "undefined_function" in console
