@@ -117,11 +117,21 @@ def opening(runs: Sequence[Run], groups: Sequence[Group], title: str | None) -> 
 
 
 def leader(groups: Sequence[Group]) -> str:
-    """Which run is ahead by the number that all of them have, and by how much; of runs on the same data alone."""
+    """Which run is ahead by the number that all of them have, and by how much, of runs on the same data alone; of several
+    seeds of one run their mean."""
     known = {words.fingerprint_of(run) for group in groups for run in group.runs}
     if len(known) > 1:
         return '<p class="verdict">The runs learned from different data, so their numbers do not compare.</p>'
     for name in words.MONITORS:
+        if len(groups) == 1:
+            found = [result.value for run in groups[0].runs for result in run.numbers if result.name == name]
+            if len(found) == len(groups[0].runs):
+                factor, unit = (100, " %") if words.is_share(name) else (1, "")
+                mean, low, high = (factor * value for value in (sum(found) / len(found), min(found), max(found)))
+                return (
+                    f'<p class="verdict">Over {len(found)} seeds, {words.measure(name)} is <b>{mean:.1f}{unit}</b> on average, '
+                    f"from {low:.1f} to {high:.1f}.</p>"
+                )
         means = []
         for group in groups:
             found = [result.value for run in group.runs for result in run.numbers if result.name == name]
