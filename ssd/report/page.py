@@ -180,8 +180,11 @@ def findings(runs: Sequence[Run]) -> str:
             step = finding.get("step")
             where = f" at step {step:,}" if isinstance(step, int) else ""
             named = f"{run.name}: " if len(runs) > 1 else ""
-            kind = escape(f"{named}{finding.get('kind', 'finding')}{where}")
-            advice = finding.get("suggestion")
+            of = "".join(
+                f", {part} {finding[part]}" for part in ("term", "layer", "rank") if finding.get(part) is not None
+            )
+            kind = escape(f"{named}{str(finding.get('kind', 'finding')).replace('-', ' ')}{where}{of}")
+            advice = finding.get("advice") or finding.get("suggestion")
             rows.append(
                 f'<div class="finding"><p><b>{kind}</b></p><p>{escape(str(finding.get("message", "")))}</p>'
                 + (f'<p class="soft">{escape(str(advice))}</p>' if advice else "")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from ssd.report.chart import short
 from ssd.report.reading import Result, Run
 
 MEASURES = {
@@ -16,6 +17,11 @@ MEASURES = {
     "spectrum/rankme": "RankMe",
     "spectrum/alpha_req": "alpha-ReQ",
     "dense/correspondence": "patches found again",
+    "spectrum/lidar": "LiDAR",
+    "agreement/cosine": "agreement of student and teacher, cosine",
+    "prototypes/perplexity": "prototypes in use, perplexity",
+    "prototypes/used": "prototypes in use",
+    "masks/masked_crops": "share of crops that are masked",
     "loss/total": "total",
     "teacher/entropy": "teacher entropy, nats",
     "teacher/kl": "divergence from the teacher, nats",
@@ -53,13 +59,13 @@ def importance(name: str) -> tuple[int, str]:
 
 def is_share(name: str) -> bool:
     """Whether a number is in [0, 1] and shown in percent."""
-    return name.endswith(("top1", "correspondence", "share")) or name in TELLING
+    return name.endswith(("top1", "correspondence", "share", "used")) or name in TELLING
 
 
 def value(result: Result) -> str:
     if not math.isfinite(result.value):
         return "not finite"
-    return percent(result.value) if is_share(result.name) else f"{result.value:.1f}"
+    return percent(result.value) if is_share(result.name) else short(result.value)
 
 
 def percent(share: float) -> str:

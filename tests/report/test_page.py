@@ -56,7 +56,13 @@ class Parts(HTMLParser):
 @pytest.fixture
 def whole(tmp_path):
     pictures = {"views": [0], "components": [10, 20, 30]}
-    finding = {"kind": "dead prototypes", "step": 20, "message": "9 of 32 are <never> used.", "suggestion": "fewer"}
+    finding = {
+        "kind": "dead-prototypes",
+        "step": 20,
+        "message": "9 of 32 are <never> used.",
+        "advice": "fewer of them",
+        "term": "dino",
+    }
     folder = write_run(tmp_path / "whole", pictures=pictures)
     (folder / "more.json").write_text(json.dumps({"findings": [finding]}))
     (folder / "checkpoints").mkdir()
@@ -89,7 +95,8 @@ def test_a_reader_sees_the_verdict_first(whole):
 def test_it_says_what_was_found_what_it_ran_on_and_how_to_load_it(whole):
     text = Parts(page([whole])).text
     for said in (
-        "dead prototypes at step 20",
+        "dead prototypes at step 20, term dino",
+        "fewer of them",
         "9 of 32 are <never> used.",
         "<b>one</b>, two",
         "abc123",
