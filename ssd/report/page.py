@@ -201,7 +201,10 @@ def numbers(runs: Sequence[Run]) -> str:
     names = sorted({result.name for run in runs for result in run.numbers}, key=words.importance)
     if names:
         heading = "<h3>At the last evaluation</h3>" if any(parts) else ""
-        parts.append(heading + (one_run(runs[0]) if len(runs) == 1 else side_by_side(runs, names)))
+        parts.append(heading + (one_table(runs[0].numbers) if len(runs) == 1 else side_by_side(runs, names)))
+    for run in runs:
+        named = f"{run.name}, " if len(runs) > 1 else ""
+        parts += [f"<h3>{escape(named + file)}</h3>{one_table(found)}" for file, found in run.probes.items()]
     alone = [run for run in runs if not run.baselines and run.checkpoints]
     if alone:
         best = alone[0].checkpoints.get("best") or next(iter(alone[0].checkpoints.values()))
@@ -251,16 +254,16 @@ def cell(result: Result | None) -> str:
     return f'<td class="number">{escape(words.value(result))}{spread}</td>'
 
 
-def one_run(run: Run) -> str:
+def one_table(numbers: Sequence[Result]) -> str:
     """Columns that nothing is known of are left out."""
-    chances, protocols = any(r.chance is not None for r in run.numbers), any(r.protocol for r in run.numbers)
+    chances, protocols = any(r.chance is not None for r in numbers), any(r.protocol for r in numbers)
     head = '<th class="number">chance</th>' * chances + "<th>protocol</th>" * protocols
     body = "".join(
         f'<tr><th scope="row">{escape(words.measure(result.name))}</th>{cell(result)}'
         + f'<td class="number">{"" if result.chance is None else words.percent(result.chance)}</td>' * chances
         + f"<td><code>{escape(result.protocol)}</code></td>" * protocols
         + "</tr>"
-        for result in sorted(run.numbers, key=lambda result: words.importance(result.name))
+        for result in sorted(numbers, key=lambda result: words.importance(result.name))
     )
     return (
         f'<div class="scroll"><table><thead><tr><th>measure</th><th class="number">value</th>{head}</tr></thead>'

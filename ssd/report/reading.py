@@ -49,6 +49,8 @@ class Run:
     """One run, as its folder tells it.
 
     Args:
+        numbers: of the last evaluation.
+        probes: file that `ssd probe --json` wrote -> its numbers.
         baselines: row ("pixels", "untrained", "pretrained") -> measure -> result, of the same probe.
         pictures: kind -> pictures in the order of steps.
         total: steps of the whole run, None where nothing tells.
@@ -65,6 +67,7 @@ class Run:
     about: dict[str, Any] = field(default_factory=dict)
     series: dict[str, Series] = field(default_factory=dict)
     numbers: list[Result] = field(default_factory=list)
+    probes: dict[str, list[Result]] = field(default_factory=dict)
     baselines: dict[str, dict[str, Result]] = field(default_factory=dict)
     pictures: dict[str, list[Picture]] = field(default_factory=dict)
     findings: list[dict[str, Any]] = field(default_factory=list)
@@ -202,7 +205,11 @@ def read_summaries(run: Run) -> None:
             continue
         if not isinstance(content, dict):
             continue
-        run.numbers = run.numbers or results(content.get("numbers"))
+        found = results(content.get("numbers"))
+        if file.name == "summary.json":
+            run.numbers = found
+        elif found:
+            run.probes[file.name] = found
         run.baselines = run.baselines or baseline_rows(content)
         if isinstance(content.get("findings"), list):
             run.findings += [finding for finding in content["findings"] if isinstance(finding, dict)]

@@ -22,7 +22,7 @@ MEASURES = {
     "prototypes/perplexity": "prototypes in use, perplexity",
     "prototypes/used": "prototypes in use",
     "masks/masked_crops": "share of crops that are masked",
-    "loss/total": "total",
+    "loss/total": "total loss",
     "teacher/entropy": "teacher entropy, nats",
     "teacher/kl": "divergence from the teacher, nats",
     "teacher/patch_entropy": "teacher entropy of patches, nats",
@@ -48,8 +48,11 @@ MONITORS = ("knn/top1", "linear/top1", "dense/correspondence", "spectrum/rankme"
 
 
 def measure(name: str) -> str:
-    """What a logged name, without its stage, is called; its last part where it has no words of its own."""
-    return MEASURES.get(name, name.rpartition("/")[2].replace("_", " "))
+    """What a logged name, without its stage, is called."""
+    return MEASURES.get(
+        name,
+        name.removesuffix("/top1").removeprefix("loss/").removeprefix("schedule/").replace("/", " ").replace("_", " "),
+    )
 
 
 def importance(name: str) -> tuple[int, str]:

@@ -171,7 +171,7 @@ def test_a_run_of_which_little_is_left_has_a_page(tmp_path, left):
 
 def test_numbers_that_never_change_are_told_without_a_chart(tmp_path):
     markup = page([read_run(write_run(tmp_path / "a", [2.0, 2.0, 2.0]))])
-    assert "Constant: total 2." in markup and "<svg" not in markup
+    assert "Constant: total loss 2." in markup and "<svg" not in markup
 
 
 def test_large_pictures_become_photographs(tmp_path):

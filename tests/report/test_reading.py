@@ -8,6 +8,7 @@ import time
 import pytest
 
 from ssd.errors import UserError
+from ssd.report.page import page
 from ssd.report.reading import flattened, read_run, seeds_of_one, setting_differences
 from tests.report.runs import CONFIG, facts, png, rows_of, write_metrics, write_run
 
@@ -167,8 +168,9 @@ def test_seeds_of_one_run_differ_in_nothing_but_the_seed(tmp_path):
 def test_what_probe_wrote_into_the_folder_is_read(tmp_path):
     folder = write_run(tmp_path / "a", summary={})
     rows = {"pretrained": {"knn": {"name": "knn/top1", "value": 0.8, "protocol": "p", "chance": 0.1, "spread": None}}}
-    (folder / "probe.json").write_text(
-        json.dumps({"file": "x", "numbers": [{"name": "a", "value": None}], "baselines": rows})
-    )
+    numbers = [{"name": "a", "value": None}, {"name": "knn/k10/top1", "value": 0.7}]
+    (folder / "probe.json").write_text(json.dumps({"file": "x", "numbers": numbers, "baselines": rows}))
     run = read_run(folder)
     assert run.baselines["pretrained"]["knn"].value == 0.8 and run.numbers == []
+    assert [(number.name, number.value) for number in run.probes["probe.json"]] == [("knn/k10/top1", 0.7)]
+    assert "knn k10" in page([run]) and "probe.json" in page([run])
