@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ssd.configs_path import config_names
@@ -27,6 +27,7 @@ LIGHTNING_VERBS = {
     "predict": "embeddings of all pictures, as a NumPy file",
 }
 OWN_VERBS = {
+    "plan": "say what a run comes to and what it will take, before anything is spent",
     "check-data": "look at every picture before a run does: broken, repeated, tiny, leaked; loader speed",
     "look": "write the views of some samples, or what a network sees in them, as a PNG",
     "probe": "judge frozen features: kNN, linear, few labels, and which output serves best",
@@ -45,6 +46,7 @@ USAGE = """\
 usage: ssd VERB ...
 
   ssd quickstart                                            see it work, in three minutes
+  ssd plan --config method/dino_small --data FOLDER         what a run comes to and will take
   ssd fit --config method/dino_small --data FOLDER          pretrain on your own pictures
   ssd fit --ckpt_path runs/NAME/checkpoints/last.ckpt       go on
   ssd probe runs/NAME/checkpoints/best.ckpt --baselines     judge what was learned
@@ -160,11 +162,12 @@ def warnings_for_people() -> Iterator[None]:
 # ---------------------------------------------------------------------- Lightning's verbs
 
 
-def run_lightning(verb: str, argv: list[str]) -> int:
+def run_lightning(verb: str, argv: list[str], make: Callable[[], type] | None = None) -> int:
+    """Runs one of Lightning's verbs, or what another command line, derived from `command_class`, makes of it."""
     argv = go_on(argv) if verb == "fit" else argv
     checkpoint = checkpoint_typed(argv)
     argv = expand(argv, None if checkpoint is None else stored_config(verb, checkpoint))
-    command = command_class()
+    command = (make or command_class)()
     for name in ("pytorch_lightning", "lightning_fabric"):
         # once they are imported, which sets another level
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,7 +1,11 @@
-"""What a process does with memory that it has freed."""
+"""The memory of this process: what it does with what it has freed, and how much it has."""
 
 import ctypes
 import sys
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+"""Where Linux, and no other system, says what memory a process has."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**30
@@ -16,3 +20,9 @@ def keep_freed_memory() -> None:
     if tell is not None:
         tell(M_TRIM_THRESHOLD, KEPT_BYTES)
         tell(M_MMAP_THRESHOLD, KEPT_BYTES)
+
+
+def status_mib(name: str) -> float:
+    """A line of `STATUS`: "VmRSS", what the process has in memory, or "VmHWM", the most that it ever had."""
+    lines = STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +24,13 @@ from ssd.benchmarks.paired import Pair, compare
 from ssd.errors import UserError
 from ssd.heads import Branch, PrototypeHead
 from ssd.losses.prototype import cross_view_cross_entropy
+from ssd.memory import STATUS, status_mib
 from ssd.optim import parameter_groups
 from ssd.parallel import compile_blocks
 from ssd.teachers import EMA
 from ssd.views.recipes import DINOViews
 
 LR, MOMENTUM, WEIGHT_DECAY = 5e-4, 0.996, 0.04
-STATUS = Path("/proc/self/status")
 BF16_FLOPS_PER_S = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """What makers write of dense bf16 products, by a part of the device's name."""
 
@@ -337,11 +336,6 @@ def measure_this_process(spec: dict[str, Any]) -> float:
     for _ in range(3):
         side()
     return status_mib("VmHWM") - before
-
-
-def status_mib(name: str) -> float:
-    lines = STATUS.read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 # ---------------------------------------------------------------------- on a GPU

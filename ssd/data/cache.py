@@ -31,6 +31,14 @@ class PictureCache:
         height, width, channels = shape
         return self._content.array[end - height * width * channels : end].reshape(shape)
 
+    def held(self) -> tuple[int, int]:
+        """Number of pictures and bytes in it."""
+        return int(np.count_nonzero(self._entries.array[:, 0])), int(self._used.array[0])
+
+    @property
+    def capacity_bytes(self) -> int:
+        return len(self._content.array)
+
     def put(self, index: int, picture: np.ndarray) -> bool:
         """Whether there was room for it."""
         with self._lock:

@@ -97,9 +97,9 @@ def missing_section(names: str, verb: str) -> str:
     missing = [name.rpartition(".")[2] for name in names.split(", ")]
     what = {"model": "a method", "data": "data"}
     lacking = " and ".join(what.get(name, name) for name in sorted(missing, reverse=True))
-    if verb == "fit":
+    if verb in ("fit", "plan"):
         return (
-            f"ssd fit needs {lacking}. For instance: ssd fit --config method/dino_small --data FOLDER. ssd methods lists "
+            f"ssd {verb} needs {lacking}. For instance: ssd {verb} --config method/dino_small --data FOLDER. ssd methods lists "
             "methods, and --data takes a folder of pictures, clips or sounds, a list, a Parquet file, or Digits."
         )
     return f"ssd {verb} needs {lacking}, which a checkpoint knows: ssd {verb} --ckpt_path FILE"
