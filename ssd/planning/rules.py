@@ -177,6 +177,12 @@ def enlarged(facts: Facts) -> float | None:
     return max(view.size / (facts.picture_px * math.sqrt(view.scale[1])) for view in facts.views.values())
 
 
+def reduced(facts: Facts) -> float | None:
+    """By how much the largest crop is made smaller for the largest view."""
+    factor = enlarged(facts)
+    return 1 / factor if factor else None
+
+
 def steps(facts: Facts) -> float | None:
     return None if facts.stage else facts.steps
 
@@ -414,6 +420,16 @@ RULES: tuple[Rule, ...] = (
             f"views of about {min(int(2 * (facts.picture_px or 32)), 224)} px and patches to match, or dino_small"
         ),
         OURS,
+        high=4,
+    ),
+    Rule(
+        "views",
+        reduced,
+        "pictures are {value:.3g} times as large as the views",
+        "what tells them apart may be less than a pixel of a view; published recipes reduce pictures 1.7 times, and "
+        "dino_small is for pictures of about 32 px",
+        lambda facts: f"views of {max(round((facts.picture_px or 32) / 2 / 16), 1) * 16} px or more, as in method/dino",
+        f"{DINO}: ImageNet at 224 px; configs/method/dino_small.yaml",
         high=4,
     ),
     Rule(

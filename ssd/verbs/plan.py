@@ -209,6 +209,7 @@ def measure(run: Run, words: list[str], memory: float | str | None, out: Console
         print_facts(out, {"memory": f"does not suffice for a batch of {facts.batch} on the {run.accelerator}"})
     else:
         cost = cost_of(facts, measured, run.trainer, run.checkpoints)
+        out.print()
         print_facts(out, priced(facts, measured, cost, run.accelerator))
         content = {"measured": vars(measured), "cost": cost.row()}
     if memory is not None:
@@ -332,7 +333,9 @@ def described(facts: Facts) -> dict[str, str]:
             f"{facts.masked_tokens():,.0f} patches a step"
         )
     if facts.views:
-        lines["tokens a step"] = f"student {facts.tokens('student'):,}, teacher {facts.tokens('teacher'):,}"
+        lines["tokens a step" if facts.patches_px else "places a step"] = (
+            f"student {facts.tokens('student'):,}, teacher {facts.tokens('teacher'):,}"
+        )
     if facts.prototypes:
         lines["prototypes"] = ", ".join(f"{count:,} ({name})" for name, count in facts.prototypes.items())
     parts = facts.parameters
@@ -400,7 +403,7 @@ def duration(seconds: float) -> str:
 def print_warnings(out: Console, found: list[Warned]) -> None:
     """What leaves the known range, why, and what to set."""
     if not found:
-        print_facts(out, {"settings": "all within the ranges that are known to work"})
+        print_facts(out, {"\nsettings": "all within the ranges that are known to work"})
         return
     for warning in found:
         out.print(f"\n{warning.setting}: {warning.what}", markup=False, highlight=False, soft_wrap=True)
