@@ -343,6 +343,12 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
         self._prepared()
         return self._evaluation_loader(self.everything)
 
+    def rows_dataloader(self, rows: Sequence[int]) -> SampleLoader:
+        """These samples of the training data's path, in this order, each as an evaluation sees it."""
+        self._prepared()
+        samples = self.evaluation_samples(self.everything, self._broken(self.everything))
+        return self._loader(samples, self.evaluation_collate(), batch_size=self.batch_size, sampler=rows)
+
     def _evaluation_loader(self, source: Source) -> SampleLoader:
         """Every sample once over all ranks: rank r of R takes samples r, r + R, ... A rank that is one short takes one of
         the first again, because networks that are spread over ranks run on all of them or on none."""
