@@ -1,4 +1,4 @@
-"""The `ssd` command: Lightning's verbs (fit, validate, test, predict) and our own beside them."""
+"""The `ssd` command: Lightning's verbs (fit, validate, predict) and our own beside them."""
 
 import contextlib
 import difflib
@@ -23,13 +23,13 @@ from ssd.verbs.arguments import checkpoint_typed, expand, go_on, import_choices,
 LIGHTNING_VERBS = {
     "fit": "pretrain; ends with a table of what was learned",
     "validate": "the online evaluation of a checkpoint again",
-    "test": "the same with all training samples as the bank",
     "predict": "embeddings of all pictures, as a NumPy file",
 }
 OWN_VERBS = {
     "plan": "say what a run comes to and what it will take, before anything is spent",
     "check-data": "look at every picture before a run does: broken, repeated, tiny, leaked; loader speed",
     "look": "write the views of some samples, or what a network sees in them, as a PNG",
+    "test": "the whole suite of probes on a run's own held-out data, as probe",
     "probe": "judge frozen features: kNN, linear, few labels, and which output serves best",
     "compare": "several networks, random weights and pixels on the same probes, and whether they differ beyond chance",
     "finetune": "train a backbone with a linear head on all labels and on few",
@@ -71,9 +71,9 @@ DESCRIPTIONS = {
     "without anything else, goes on with the run that wrote it; --ckpt_path last starts a run or goes on with it, whichever "
     "its folder (--trainer.default_root_dir) allows.",
     "validate": f"The online evaluation of a checkpoint again, with the same numbers as at the end of fit. {AGAIN_HELP}",
-    "test": f"As validate, with all training samples as the bank of neighbours. {AGAIN_HELP}",
     "predict": "Embeddings of every picture of the data, held out or not, written as predictions.npz (features, labels, "
-    f"index) into the checkpoint's run. {AGAIN_HELP}",
+    "index) into the checkpoint's run, by as many processes as the trainer has. For data that does not fit memory, and for "
+    f"names beside the features: ssd embed. {AGAIN_HELP}",
 }
 
 
@@ -256,7 +256,7 @@ def command_class():
         """Lightning's, with our messages."""
 
     class Command(LightningCLI):
-        """fit, validate, test and predict with our callbacks, folders and defaults."""
+        """fit, validate and predict with our callbacks, folders and defaults."""
 
         def __init__(self, verb: str, argv: list[str]):
             self.verb = verb
@@ -287,7 +287,7 @@ def command_class():
             ours = {"model", "datamodule", "ckpt_path", "weights_only"}
             looks = ours | {"dataloaders", "verbose"}
             fit = ours | {"train_dataloaders", "val_dataloaders"}
-            skipped = {"fit": fit, "validate": looks, "test": looks, "predict": looks | {"return_predictions"}}
+            skipped = {"fit": fit, "validate": looks, "predict": looks | {"return_predictions"}}
             return {self.verb: skipped[self.verb]}
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -379,10 +379,6 @@ def command_class():
             file = self.settings.ckpt_path
             heading = "untrained" if file is None else f"{file}, step {self.model.step}"
             evaluation_summary(self.callback("evaluation").numbers, heading, self.settings.json)
-
-        def test(self, **settings: Any) -> None:
-            self.datamodule.val_dataloader = self.datamodule.test_dataloader
-            self.validate(**settings)
 
         def predict(self, **settings: Any) -> None:
             self.load()

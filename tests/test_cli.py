@@ -92,7 +92,21 @@ def test_the_command_alone_lists_verbs_and_configs_and_loads_no_torch():
 
 
 @pytest.mark.parametrize(
-    "verb", ["fit", "validate", "test", "predict", "probe", "export", "methods", "verify", "check-data", "look"]
+    "verb",
+    [
+        "fit",
+        "plan",
+        "validate",
+        "test",
+        "predict",
+        "probe",
+        "embed",
+        "export",
+        "methods",
+        "verify",
+        "check-data",
+        "look",
+    ],
 )
 def test_every_verb_explains_itself(verb, capsys):
     assert main([verb, "--help"]) == 0

@@ -16,7 +16,7 @@ from ssd.masking.batch import MaskPlan
 from ssd.optim import parameter_groups, resolve_lr
 from ssd.schedules import Cosine, Linear, Schedule, in_steps, value_at
 from ssd.targets import Sinkhorn
-from ssd.views.view import PictureViews
+from ssd.views.view import PictureViews, Views
 
 POINTS = 1000
 """Of a curve: more than a picture of it is wide."""
@@ -24,6 +24,8 @@ SEEN_PICTURES = 32
 """How many tell how large pictures are."""
 DRAWN_MASKS = 256
 """Samples whose masks tell how many tokens are masked."""
+DRAWN_STEPS = 500
+"""Whose sizes tell how many tokens a step has, where they change from step to step."""
 TEACHER_SEES = "global"
 GRAM_TEACHER_SEES = "gram"
 
@@ -51,10 +53,11 @@ class ViewFacts:
 
     Args:
         count: of each sample.
-        size: side, px.
+        size: side, px; the largest where it changes from step to step.
         smallest_side_px: of the smallest crop, in pixels of the data's own pictures; None where that is not known.
         grid: rows and columns of patches.
-        tokens: of all views of a step, with class token and registers.
+        tokens: of all views of a step, with class token and registers; the mean where sizes change.
+        sizes: all that steps have.
     """
 
     count: int
@@ -63,6 +66,7 @@ class ViewFacts:
     smallest_side_px: float | None
     grid: tuple[int, ...]
     tokens: int
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,11 @@ class Facts:
     @property
     def epochs(self) -> float:
         return self.steps / self.steps_per_epoch
+
+    @property
+    def sizes_change(self) -> bool:
+        """Whether views have another size from step to step."""
+        return any(len(view.sizes) > 1 for view in self.views.values())
 
     @property
     def samples_seen(self) -> int:
@@ -233,7 +242,7 @@ def facts_of(module: Any, data: Any, *, processes: int, max_epochs: int | None, 
         prototypes=prototypes_of(module.student),
         sinkhorn=any(isinstance(part, Sinkhorn) for part in module.modules()),
         teacher_follows=module.teacher.follows,
-        views=views_of(module, backbone, batch * processes, side),
+        views=views_of(module, backbone, batch * processes, side, data.seed),
         masked={kind: masked_by(plan) for kind, plan in module.mask_plans().items()},
         koleo_group=module.koleo_group if getattr(module, "koleo_weight", 0) != 0 else None,
         patch_loss=hasattr(module, "ibot_weight"),
@@ -283,19 +292,27 @@ def prototypes_of(student: nn.Module) -> dict[str, int]:
     }
 
 
-def views_of(module: Any, backbone: Backbone, batch: int, side: float | None) -> dict[str, ViewFacts]:
+def views_of(module: Any, backbone: Backbone, batch: int, side: float | None, seed: int) -> dict[str, ViewFacts]:
     if not isinstance(module.views, PictureViews):
         return {}
     prefix = backbone.num_prefix if isinstance(backbone, ViT) else 0
+    steps = [module.views.at(seed, step).kinds() for step in range(DRAWN_STEPS if changing(module.views) else 1)]
     found = {}
-    for kind, views in module.views.kinds().items():
-        view = views[0]
-        grid = backbone.grid(view.size, view.size)
-        smallest = None if side is None else side * math.sqrt(min(view.scale[0] for view in views))
+    for kind, first in steps[0].items():
+        sizes = [step[kind][0].size for step in steps]
+        size, view = max(sizes), first[0]
+        smallest = None if side is None else side * math.sqrt(min(view.scale[0] for view in first))
         low, high = view.scale
-        tokens = len(views) * batch * (math.prod(grid) + prefix)
-        found[kind] = ViewFacts(len(views), view.size, (low, high), smallest, grid, tokens)
+        tokens = [len(first) * batch * (math.prod(backbone.grid(px, px)) + prefix) for px in sizes]
+        grid = backbone.grid(size, size)
+        mean = round(sum(tokens) / len(tokens))
+        found[kind] = ViewFacts(len(first), size, (low, high), smallest, grid, mean, tuple(sorted(set(sizes))))
     return found
+
+
+def changing(views: Views) -> bool:
+    """Whether sizes are not the same in every step."""
+    return len(views.all_of_a_run()) > 1
 
 
 def masked_by(plan: MaskPlan) -> MaskFacts:

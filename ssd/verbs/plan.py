@@ -24,6 +24,8 @@ from ssd.verbs.arguments import Parser, checkpoint_typed, go_on, stored_config
 
 TOO_LONG_S = 120
 """A step that would take longer is not taken to verify a proposal."""
+STEPS_OF_ALL_SIZES = 20
+"""Are measured where each step has views of another size."""
 
 
 def run(argv: list[str]) -> int:
@@ -203,7 +205,8 @@ def measure(run: Run, words: list[str], memory: float | str | None, out: Console
     assert run.accelerator is not None
     trials, facts = Trials(words, run.accelerator), run.facts
     with said(out, f"measuring steps of {facts.batch} on the {run.accelerator}"):
-        measured = trials.take(facts.batch, facts.micro_batches)
+        varied = {"steps": STEPS_OF_ALL_SIZES} if facts.sizes_change else {}
+        measured = trials.take(facts.batch, facts.micro_batches, **varied)
     content: dict[str, Any] = {"measured": None, "cost": None}
     if measured is None:
         print_facts(out, {"memory": f"does not suffice for a batch of {facts.batch} on the {run.accelerator}"})

@@ -139,7 +139,7 @@ def help_hint(keys: list[str], verb: str) -> str:
     if section not in ("model", "data"):
         return f"ssd {verb} --help lists all settings."
     names = sorted(cls.__name__ for cls in subclasses(roots()[section]) if defined_here(cls))
-    wide = verb if verb in ("fit", "validate", "test", "predict") else "fit"
+    wide = verb if verb in ("fit", "validate", "predict") else "fit"
     return f"ssd {wide} --{section}.help {names[0] if len(names) == 1 else 'CLASS'} lists all settings."
 
 

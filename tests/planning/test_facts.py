@@ -14,6 +14,7 @@ from ssd.backbones.base import Backbone
 from ssd.errors import UserError
 from ssd.planning.facts import curve, facts_of, half_life
 from ssd.schedules import Cosine, Linear
+from ssd.views.recipes import MixedDINOViews
 from tests.lightning_modules.runs import convnet, digits, vit
 
 EPOCHS = 10
@@ -167,3 +168,14 @@ def test_pictures_tell_how_many_of_their_pixels_the_smallest_crop_shows():
 def test_a_run_that_begins_with_the_networks_of_another_is_a_stage():
     assert planned(convnet(start_from="a.ckpt"))[0].stage
     assert not planned(convnet())[0].stage
+
+
+def test_tokens_of_views_that_change_their_size_are_those_of_a_step_on_average():
+    sizes = ((16, 8, 1.0), (32, 8, 3.0))
+    views = MixedDINOViews(sizes=sizes, global_size=16, local_count=1, local_size=8)
+    facts, data = planned(vit(DINO, views=views, lr=1e-4))
+    assert facts.sizes_change and facts.views["global"].sizes == (16, 32)
+    drawn = [views.at(data.seed, step).kinds()["global"][0].size for step in range(500)]
+    mean = sum((size // 8) ** 2 + 1 for size in drawn) / len(drawn)
+    assert facts.tokens("teacher") == pytest.approx(2 * 16 * mean, abs=1)
+    assert not planned(convnet())[0].sizes_change

@@ -62,26 +62,13 @@ def test_logs_are_curves_and_a_table(run):
     assert {"train/loss/total", "val/knn/top1", "train/schedule/lr"} <= set(header.split(","))
 
 
-@pytest.mark.parametrize("verb", ["validate", "test"])
-def test_a_checkpoint_alone_gives_the_same_numbers_again(run, verb, tmp_path, monkeypatch):
+def test_a_checkpoint_alone_gives_the_same_numbers_again(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = typed(verb, "--ckpt_path", run.last, "--json", "again.json")
+    said = typed("validate", "--ckpt_path", run.last, "--json", "again.json")
     assert said.status == 0 and said.err == "", said.err
     assert json.loads((tmp_path / "again.json").read_text())["numbers"] == run.numbers["numbers"]
     assert said.out.startswith(f"{run.last}, step 6\n")
     assert not (tmp_path / "runs").exists()
-
-
-def test_the_bank_of_test_is_whole(run):
-    """Where the online evaluation takes part of the training samples, test takes them all."""
-    limits = ("--data.evaluation_limit", 40)
-    numbers = {}
-    for verb in ("validate", "test"):
-        file = run.folder / f"{verb}-limited.json"
-        assert typed(verb, "--ckpt_path", run.last, *limits, "--json", file).status == 0
-        numbers[verb] = {number["name"]: number["value"] for number in json.loads(file.read_text())["numbers"]}
-    whole = {number["name"]: number["value"] for number in run.numbers["numbers"]}
-    assert numbers["test"] == whole and numbers["validate"] != whole
 
 
 def test_predictions_are_written_in_the_order_of_the_data(run, tmp_path):
