@@ -55,6 +55,17 @@ usage: ssd VERB ...
 
 ssd VERB --help explains a verb:
 """
+FIT_USAGE = """\
+ssd fit --config METHOD --data DATA [settings]
+
+  ssd fit --config method/dino_small --data FOLDER              pretrain on your own pictures
+  ssd fit --config method/dino --config data/imagenet --config scale/one_node
+                                                                configs add up; what comes later counts
+  ssd fit ... --model.lr 1e-3 --data.batch_size 256 --trainer.max_epochs 300
+                                                                any setting, by its name
+  ssd fit ... --print_config                                    see what a run would use; ssd plan ...: what it would take
+  ssd fit --ckpt_path runs/NAME/checkpoints/last.ckpt           go on
+"""
 DATA_HELP = (
     "--data takes a path (a folder of pictures at any depth, a text file that lists them, Parquet, tar shards by path or URL), a "
     "class (Digits, "
@@ -65,11 +76,10 @@ AGAIN_HELP = (
     "--data, as in ssd fit."
 )
 DESCRIPTIONS = {
-    "fit": "Pretrains a backbone and ends with a table of what it learned. A run is a method and data: "
-    "ssd fit --config method/dino_small --data FOLDER. --config takes a file or one of the names that `ssd` lists and may "
-    f"be repeated; what comes later counts. {DATA_HELP} --model.help DINO lists the settings of a method. --ckpt_path FILE, "
-    "without anything else, goes on with the run that wrote it; --ckpt_path last starts a run or goes on with it, whichever "
-    "its folder (--trainer.default_root_dir) allows.",
+    "fit": "Pretrains a backbone and ends with a table of what it learned. A run is a method and data. --config takes a file "
+    f"or one of the names that `ssd` lists, and may be repeated. {DATA_HELP} --model.help DINO lists the settings of a method. "
+    "--ckpt_path FILE, without anything else, goes on with the run that wrote it; --ckpt_path last starts a run or goes on "
+    "with it, whichever its folder (--trainer.default_root_dir) allows.",
     "validate": f"The online evaluation of a checkpoint again, with the same numbers as at the end of fit. {AGAIN_HELP}",
     "predict": "Embeddings of every picture of the data, held out or not, written as predictions.npz (features, labels, "
     "index) into the checkpoint's run, by as many processes as the trainer has. For data that does not fit memory, and for "
@@ -271,7 +281,10 @@ def command_class():
                 seed_everything_default=0,
                 parser_kwargs={
                     "prog": "ssd",
-                    verb: {"description": DESCRIPTIONS[verb], "usage": f"ssd {verb} [settings]"},
+                    verb: {
+                        "description": DESCRIPTIONS[verb],
+                        "usage": FIT_USAGE if verb == "fit" else f"ssd {verb} [settings]",
+                    },
                 },
                 trainer_defaults={
                     "use_distributed_sampler": False,
@@ -289,6 +302,13 @@ def command_class():
             fit = ours | {"train_dataloaders", "val_dataloaders"}
             skipped = {"fit": fit, "validate": looks, "predict": looks | {"return_predictions"}}
             return {self.verb: skipped[self.verb]}
+
+        def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            """As Lightning, with method and data in front of the many settings of the trainer, which help then shows first."""
+            parser.add_lightning_class_args(SelfDistillation, "model", subclass_mode=True)
+            parser.add_lightning_class_args(SampleData, "data", subclass_mode=True)
+            parser.add_lightning_class_args(self.trainer_class, "trainer")
+            parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(OnlineEvaluation, "evaluation")

@@ -67,8 +67,8 @@ class Trials:
         """
         with tempfile.TemporaryDirectory(prefix="ssd-plan-") as folder:
             file = Path(folder, "trial.json")
-            trial = {"class_path": "ssd.callbacks.trial.Trial", "init_args": {"file": str(file), **settings}}
-            trial["init_args"]["started"] = time.time()
+            given = {"file": str(file), "started": time.time(), **settings}
+            trial = {"class_path": "ssd.callbacks.trial.Trial", "init_args": given}
             command = [sys.executable, "-m", "ssd", "fit", *self.argv, *self._instead(Path(folder))]
             command += ["--data.batch_size", str(batch), "--model.micro_batches", str(micro_batches)]
             command += ["--trainer.callbacks", json.dumps([trial])]

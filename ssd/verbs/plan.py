@@ -140,8 +140,9 @@ class Run:
 def resolve(words: list[str], folder: Path) -> Run:
     """Builds method and data as `ssd fit` would, but for one process on the CPU, and looks at them."""
     found: list[Run] = []
+    fitting: Any = command_class()
 
-    class Planned(command_class()):
+    class Planned(fitting):
         """Instead of a fit."""
 
         def __init__(self, verb: str, argv: list[str]):
