@@ -205,6 +205,10 @@ def longer(facts: Facts) -> str:
     return f"trainer.max_epochs {math.ceil(SHORTEST_RUN / facts.steps_per_epoch)}, which is {SHORTEST_RUN} steps"
 
 
+def shorter(facts: Facts) -> str:
+    return f"a length of {max(1000 * facts.steps_per_epoch, SHORTEST_RUN):,} steps or less".replace(",", "")
+
+
 def fitting_scale(facts: Facts) -> str:
     share = (10 / (facts.picture_px or 10)) ** 2
     return f"scales of crops that begin at {math.ceil(100 * min(share, 1)) / 100:g}, or the recipe dino_small"
@@ -440,6 +444,15 @@ RULES: tuple[Rule, ...] = (
         longer,
         f"{OURS}, the quickstart and the family",
         low=1500,
+    ),
+    Rule(
+        "trainer.max_epochs",
+        lambda facts: facts.samples_seen / facts.samples,
+        "each sample is seen {value:,.0f} times",
+        "published runs of these methods see theirs up to 1,000 times; beyond that time is better spent on more data",
+        shorter,
+        f"{DINO}: 800 epochs; solo-learn, CIFAR-10: 1,000; {DINOV3}",
+        high=1000,
     ),
     Rule(
         "trainer.precision",

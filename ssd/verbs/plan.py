@@ -301,8 +301,8 @@ def described(facts: Facts) -> dict[str, str]:
     )
     shared = "" if facts.processes == 1 else f": {facts.batch} on each of {facts.processes} processes"
     lines = {
-        "length": f"{facts.steps:,} steps = {facts.epochs:,.3g} epochs of {facts.steps_per_epoch:,} steps; "
-        f"{facts.samples_seen:,} samples seen, each {facts.samples_seen / facts.samples:,.3g} times",
+        "length": f"{facts.steps:,} steps = {rounded(facts.epochs)} epochs of {facts.steps_per_epoch:,} steps; "
+        f"{facts.samples_seen:,} samples seen, each {rounded(facts.samples_seen / facts.samples)} times",
         "batch": f"{step:,} samples a step{shared}{slices}",
         "lr": f"{moved(curves['lr'], facts)}; rule {facts.lr_rule}",
     }
@@ -363,7 +363,11 @@ def moved(curve: Curve, facts: Facts) -> str:
 def length(steps: float, facts: Facts) -> str:
     if steps == float("inf"):
         return "any number of steps"
-    return f"{steps:,.{0 if steps >= 10 else 1}f} steps ({steps / facts.steps_per_epoch:.3g} epochs)"
+    return f"{steps:,.{0 if steps >= 10 else 1}f} steps ({rounded(steps / facts.steps_per_epoch)} epochs)"
+
+
+def rounded(number: float) -> str:
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
 
 
 def spread(scale: tuple[float, float]) -> str:

@@ -91,7 +91,7 @@ def quick(warmup: int, momentum: float = 0.95) -> dict:
 
 # rule by rule: what of DINO's run is changed, and words of what is found
 BEYOND = [
-    ({"samples": 40_000, "prototypes": {"head": 8192}}, "num_prototypes", "K is 4 times what suits"),
+    ({"samples": 140_000, "prototypes": {"head": 65_536}}, "num_prototypes", "K is 4 times what suits"),
     ({"prototypes": {"head": 64}}, "num_prototypes", "K is 64"),
     ({"sinkhorn": True, "processes": 1}, "target_rule", "512 prototypes for each row"),
     ({"steps": 1600, "frozen_steps": 0, "curves": quick(160, momentum=0.996)}, "momentum", "takes 11% of the run"),
@@ -105,7 +105,7 @@ BEYOND = [
     (curves(lr=moving(0, 0, 25_020, 0, 3e-5)), "lr", "peaks at 3e-05"),
     ({"frozen_steps": 250_200}, "freeze_last_layer", "for 100% of the run"),
     ({"batch": 16, "processes": 1}, "data.batch_size", "has 16 samples"),
-    ({"batch": 1024}, "data.batch_size", "has 8192 samples"),
+    ({"batch": 1024, "samples": 14_000_000}, "data.batch_size", "has 8192 samples"),
     ({"koleo_group": 4}, "koleo_group", "among 4 samples"),
     (
         {"views": {**DINO.views, "local": ViewFacts(8, 32, (0.05, 0.4), 84.0, (2, 2), 1)}},
@@ -135,9 +135,11 @@ BEYOND = [
     ),
     ({"picture_px": 2000.0}, "views", "pictures are 8.93 times as large"),
     ({"steps": 800, "frozen_steps": 0, "curves": quick(80)}, "trainer.max_epochs", "800 steps"),
+    ({"samples": 20_000, "prototypes": {"head": 2048}}, "trainer.max_epochs", "seen 6,405 times"),
     ({"precision": "16-mixed"}, "trainer.precision", "half precision"),
     (
-        {"samples": 9_469, "prototypes": {"head": 1024}, "patch_loss": True, "masked": MASKS},
+        {"samples": 9_469, "prototypes": {"head": 1024}, "patch_loss": True, "masked": MASKS}
+        | {"steps": 18_000, "frozen_steps": 0, "curves": quick(1800)},
         "model",
         "masked patches on 9,469 samples",
     ),
@@ -172,7 +174,7 @@ def test_what_is_to_be_set_follows_the_run():
         (warning,) = warned(dataclasses.replace(DINO, **changes))
         return warning.mend
 
-    assert mend(samples=40_000, prototypes={"head": 8192}) == "num_prototypes 2048"
+    assert mend(samples=140_000) == "num_prototypes 16384"
     # 2 % of 2,000 steps are 40, and half is kept by m^40 = 1/2
     assert "starts at 0.983" in mend(steps=2000, frozen_steps=0, curves=quick(200, momentum=0.998))
     long = mend(steps=800, steps_per_epoch=100, frozen_steps=0, curves=quick(80))
