@@ -210,8 +210,10 @@ def shorter(facts: Facts) -> str:
 
 
 def fitting_scale(facts: Facts) -> str:
-    share = (10 / (facts.picture_px or 10)) ** 2
-    return f"scales of crops that begin at {math.ceil(100 * min(share, 1)) / 100:g}, or the recipe dino_small"
+    side = facts.picture_px or 10
+    share = min((10 / side) ** 2, 0.25)
+    recipe = ", or the recipe dino_small" if 24 <= side <= 64 else ""
+    return f"scales of crops that begin at {math.ceil(round(100 * share, 6)) / 100:g}{recipe}"
 
 
 def fewer_prototypes(facts: Facts) -> str:

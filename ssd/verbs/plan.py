@@ -420,7 +420,7 @@ def print_warnings(out: Console, found: list[Warned]) -> None:
 
 
 def print_proposals(out: Console, found: list[Proposal], gib: float, facts: Facts) -> None:
-    table = Table("what", title=f"fits {gib:.3g} GiB, of which {SHARE_USED:.0%} are given away")
+    table = Table("what", title=f"fits {gib:.3g} GiB, {1 - SHARE_USED:.0%} of it left free")
     for column in ("data.batch_size", "micro_batches", "GiB predicted", "GiB measured"):
         table.add_column(column, justify="right")
     for proposal in found:

@@ -181,6 +181,13 @@ def test_what_is_to_be_set_follows_the_run():
     assert long.startswith("trainer.max_epochs 18,")
 
 
+@pytest.mark.parametrize(("side", "begin"), [(8, "0.25"), (32, "0.1, or the recipe dino_small"), (100, "0.01")])
+def test_crops_are_to_show_ten_pixels_or_half_of_a_small_picture(side, begin):
+    views = {"global": ViewFacts(2, side, (0.001, 1.0), side * 0.001**0.5, (8, 8), 1)}
+    (warning,) = warned(dataclasses.replace(DINO, picture_px=float(side), views=views))
+    assert warning.mend == f"scales of crops that begin at {begin}"
+
+
 def test_a_teacher_that_does_not_follow_has_no_temperature_to_collapse_by():
     free = {"lr": steady(1e-3), "teacher_temperature": steady(1.0)}
     assert list(warned(dataclasses.replace(DINO, teacher_follows=False, curves=free))) == []
