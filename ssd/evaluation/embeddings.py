@@ -24,19 +24,19 @@ PART_BYTES, MOST_OF_A_PART = 2**28, 10_000
 
 def class_token(tokens: Tokens) -> Tensor:
     if tokens.cls is None:
-        raise UserError("this network has no class token. Use --output pooled or patch_mean.")
+        raise UserError("this network has no class token. Use --output pooled or mean_patch.")
     return tokens.cls
 
 
-def patch_mean(tokens: Tokens) -> Tensor:
+def mean_patch(tokens: Tokens) -> Tensor:
     return Tokens(tokens.patches, tokens.grid, valid=tokens.valid).pooled()
 
 
 OUTPUTS: dict[str, Callable[[Tokens], Tensor]] = {
     "pooled": Tokens.pooled,
     "cls": class_token,
-    "patch_mean": patch_mean,
-    "cls+patch_mean": lambda tokens: torch.cat([class_token(tokens), patch_mean(tokens)], dim=1),
+    "mean_patch": mean_patch,
+    "cls+mean_patch": lambda tokens: torch.cat([class_token(tokens), mean_patch(tokens)], dim=1),
     "patches": lambda tokens: tokens.patches,
 }
 """Name -> what it takes of a network's answer, (B, D) or (B, N, D)."""

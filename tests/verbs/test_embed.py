@@ -113,9 +113,9 @@ def test_after_a_stop_the_same_command_makes_what_is_missing(run, pictures, tmp_
 def test_other_embeddings_are_not_mixed_in(run, pictures, tmp_path):
     words = ("--data", pictures, "--part", 2)
     assert embed(run, tmp_path / "out", *words).status == 0
-    said = embed(run, tmp_path / "out", *words, "--output", "patch_mean", "--dtype", "float16")
+    said = embed(run, tmp_path / "out", *words, "--output", "mean_patch", "--dtype", "float16")
     assert said.status == 2
-    assert "output is pooled there and patch_mean here; dtype is float32 there and float16 here" in said.err
+    assert "output is pooled there and mean_patch here; dtype is float32 there and float16 here" in said.err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     said = embed(run, tmp_path / "full", *words)
@@ -150,12 +150,12 @@ def test_outputs_are_what_their_names_say():
     assert found == {
         "pooled": [[7, 8]],
         "cls": [[7, 8]],
-        "patch_mean": [[2, 4]],
-        "cls+patch_mean": [[7, 8, 2, 4]],
+        "mean_patch": [[2, 4]],
+        "cls+mean_patch": [[7, 8, 2, 4]],
         "patches": [[[1, 3], [3, 5]]],
     }
-    with pytest.raises(UserError, match=r"no class token. Use --output pooled or patch_mean"):
-        OUTPUTS["cls+patch_mean"](Tokens(tokens.patches, (1, 2)))
+    with pytest.raises(UserError, match=r"no class token. Use --output pooled or mean_patch"):
+        OUTPUTS["cls+mean_patch"](Tokens(tokens.patches, (1, 2)))
 
 
 def test_the_hash_of_weights_follows_every_number_and_name():

@@ -9,11 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
+from ssd.errors import UserError
 from ssd.planning import trials
 from ssd.planning.cost import MemoryLine
 from ssd.planning.trials import Trials
+from ssd.summary import console
 from ssd.verbs import plan
+from ssd.verbs.plan import Run
 from tests.planning.test_cost import MEASURED
+from tests.planning.test_rules import DINO
 from tests.verbs.conftest import CONFIG, typed
 
 
@@ -103,36 +107,43 @@ def test_the_quickstart_leaves_no_range():
 
 
 def test_a_checkpoint_is_planned_as_the_run_that_wrote_it(run, config):
-    of_checkpoint = typed("plan", "--ckpt_path", run.last, "--no-measure")
-    of_config = typed("plan", "--config", config, "--no-measure")
-    assert of_checkpoint == of_config
-    assert of_checkpoint.status == 0
+    said = typed("plan", "--ckpt_path", run.last, "--no-measure")
+    assert said.status == 0 and said.err == "", said.err
+    assert said.out.startswith("DINO on 96 samples (Digits)\nlength ")
+    assert "6 steps = 2 epochs of 3 steps" in said.out, "and not as another one that its weights begin"
 
 
 def test_a_mistake_in_the_settings_is_said_as_in_a_fit(config):
     assert refused().startswith("ssd plan needs a method and data. For instance: ssd plan --config method/dino_small")
-    assert "'num_prototype' is not a setting of model. Nearest: num_prototypes" in refused(
-        "--config", config, "--model.num_prototype", 3
-    )
     assert "the run has no length" in refused("--config", config, "--trainer.max_epochs", "null", "--no-measure")
-    assert "96 training samples do not fill one step of 200" in refused("--config", config, "--data.batch_size", 200)
     assert "is no PNG" in refused("--config", config, "--picture", "plan.jpg")
     assert "--memory: -1 is neither a number of GiB above 0" in refused("--config", config, "--memory=-1")
 
 
-def test_an_error_of_the_measured_steps_is_that_of_the_plan(config, monkeypatch):
-    ended = SimpleNamespace(returncode=2, stderr="warning: x\nssd fit: error: no such views. Use others.")
-    monkeypatch.setattr(trials.subprocess, "run", lambda *words, **settings: ended)
-    assert refused("--config", config) == "no such views. Use others."
+@pytest.fixture
+def ended(monkeypatch):
+    """Lets the process of a trial end so."""
+
+    def end(status: int, said: str) -> None:
+        answer = SimpleNamespace(returncode=status, stderr=said)
+        monkeypatch.setattr(trials.subprocess, "run", lambda *words, **settings: answer)
+
+    return end
 
 
-@pytest.mark.parametrize("ended", [(-9, ""), (1, "torch.OutOfMemoryError: CUDA out of memory.")])
-def test_a_batch_without_room_is_said_to_have_none(config, monkeypatch, ended):
-    answer = SimpleNamespace(returncode=ended[0], stderr=ended[1])
-    monkeypatch.setattr(trials.subprocess, "run", lambda *words, **settings: answer)
-    said = typed("plan", "--config", config)
-    assert said.status == 0, said.err
-    assert "memory  does not suffice for a batch of 32 on the cpu" in said.out
+def test_an_error_of_the_measured_steps_is_that_of_the_plan(ended):
+    ended(2, "warning: x\nssd fit: error: no such views. Use others.")
+    with pytest.raises(UserError, match=r"^no such views. Use others.$"):
+        Trials([], "cpu").take(32, 1)
+    ended(1, "Traceback\nKeyError: 3")
+    with pytest.raises(UserError, match=r"^the measured steps failed: KeyError: 3$"):
+        Trials([], "cpu").take(32, 1)
+
+
+def test_a_batch_without_room_is_no_error_of_its_trial(ended):
+    for end in ((-9, ""), (1, "torch.OutOfMemoryError: CUDA out of memory.")):
+        ended(*end)
+        assert Trials([], "gpu").take(32, 1) is None
 
 
 def test_nothing_is_measured_for_a_gpu_that_is_not_there(config, monkeypatch):
@@ -168,7 +179,7 @@ class OnALine:
     def __init__(self, line: MemoryLine, room: float):
         self.line, self.room, self.taken = line, room, []
 
-    def take(self, trial, batch, micro_batches, **settings):
+    def take(self, batch, micro_batches, **settings):
         self.taken.append((batch, micro_batches))
         gib = self.line.gib(batch, micro_batches)
         if gib > self.room:
@@ -176,24 +187,30 @@ class OnALine:
         return dataclasses.replace(MEASURED, batch=batch, micro_batches=micro_batches, gib=gib, cache_gib=0.0)
 
 
-def test_batches_that_fit_are_proposed_and_verified(config, monkeypatch):
+def test_batches_that_fit_are_proposed_and_verified():
     trial = OnALine(MemoryLine(1.0, 0.0, 0.05), room=30)
-    monkeypatch.setattr(Trials, "take", lambda *words, **settings: trial.take(*words, **settings))
-    said = typed("plan", "--config", config, "--memory", 4.1, "--json", "plan.json")
-    assert said.status == 0, said.err
-    largest, asked = json.loads((config.parent / "plan.json").read_text())["proposals"]
+    run = Run(dataclasses.replace(DINO, batch=32, processes=1), None, None, "cpu", can_slice=False)
+    largest, asked = plan.proposed(run, trial, trial.take(32, 1), 4.1, console())
     # batch normalisation: no slices, so that two batches make the line
     assert trial.taken == [(32, 1), (16, 1), (56, 1)]
-    assert (largest["batch"], largest["measured_gib"]) == (56, pytest.approx(3.8))
-    assert (asked["batch"], asked["micro_batches"], asked["measured_gib"]) == (32, 1, pytest.approx(2.6))
-    assert "fits 4.1 GiB" in said.out
+    assert (largest.batch, largest.measured_gib) == (56, pytest.approx(3.8))
+    assert (asked.batch, asked.micro_batches, asked.measured_gib) == (32, 1, pytest.approx(2.6))
+
+
+def test_slices_are_measured_where_a_network_allows_them():
+    trial = OnALine(MemoryLine(1.0, 0.02, 0.1), room=40)
+    run = Run(dataclasses.replace(DINO, batch=256, processes=1), None, None, "cpu", can_slice=True)
+    _, asked = plan.proposed(run, trial, trial.take(256, 1), 12.0, console())
+    assert trial.taken[:3] == [(256, 1), (128, 1), (256, 2)]
+    assert (asked.micro_batches, asked.measured_gib) == (8, pytest.approx(1 + 5.12 + 3.2)), "in 4 it would be 12.5"
 
 
 def test_a_batch_that_has_no_room_is_halved_until_it_has(config, monkeypatch):
     trial = OnALine(MemoryLine(1.0, 0.0, 0.25), room=4)
-    monkeypatch.setattr(Trials, "take", lambda *words, **settings: trial.take(*words, **settings))
+    monkeypatch.setattr(Trials, "take", lambda _, *words, **settings: trial.take(*words, **settings))
     said = typed("plan", "--config", config, "--memory", 4)
     assert said.status == 0, said.err
-    assert trial.taken == [(32, 1), (16, 1), (8, 1), (4, 1)]
+    assert trial.taken == [(32, 1), (16, 1), (8, 1), (4, 1)], "of which two have room"
     assert "does not suffice for a batch of 32" in said.out
+    assert "fits 4 GiB" in said.out
     assert "32 does not fit, and batch normalisation allows no slices" in said.out
