@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,34 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ssd.batch import Tokens
 from ssd.errors import UserError
 
 MANIFEST, INDEX = "_manifest.json", "index.csv"  # what reads a folder of Parquet leaves out names that begin so
 PART_BYTES, MOST_OF_A_PART = 2**28, 10_000
 """What is held in memory until it is written, and what a stop may cost."""
-
-
-def class_token(tokens: Tokens) -> Tensor:
-    if tokens.cls is None:
-        raise UserError("this network has no class token. Use --output pooled or mean_patch.")
-    return tokens.cls
-
-
-def mean_patch(tokens: Tokens) -> Tensor:
-    return Tokens(tokens.patches, tokens.grid, valid=tokens.valid).pooled()
-
-
-OUTPUTS: dict[str, Callable[[Tokens], Tensor]] = {
-    "pooled": Tokens.pooled,
-    "cls": class_token,
-    "mean_patch": mean_patch,
-    "cls+mean_patch": lambda tokens: torch.cat([class_token(tokens), mean_patch(tokens)], dim=1),
-    "patches": lambda tokens: tokens.patches,
-}
-"""Name -> what it takes of a network's answer, (B, D) or (B, N, D)."""
 
 
 @dataclass(frozen=True)

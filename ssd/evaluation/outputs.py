@@ -7,10 +7,12 @@ part or several side by side. Parts are told apart by their place from the end: 
 import dataclasses
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from ssd.backbones.base import Backbone
 from ssd.batch import Tokens
+from ssd.errors import UserError
 
 LAST = 4
 """Blocks, from the end, that are looked at: Oquab et al., "DINOv2", 2023, appendix B.3, takes 1 and 4."""
@@ -30,6 +32,23 @@ def parts_of(backbone: Backbone, samples: Tensor) -> dict[str, Tensor]:
         if place == 1 or tokens.cls is None:
             parts[f"mean-{place}"] = mean_patch(each, tokens.valid)
     return parts
+
+
+def output_of(backbone: Backbone, samples: Tensor, name: str) -> Tensor:
+    """One output (B, D) by its name, "pooled" for what the network pools by itself, or "patches" (B, N, D).
+
+    Raises UserError for a name that the network has no output of, listing those it has.
+    """
+    if name == "patches":
+        return backbone(samples).patches
+    if name == "pooled":
+        return backbone(samples).pooled()
+    parts = parts_of(backbone, samples)
+    outputs = outputs_of(parts)
+    if name not in outputs:
+        choices = ", ".join(dict.fromkeys(["pooled", *outputs, "patches"]))
+        raise UserError(f"'{backbone.name}' has no output '{name}'. Choose one of {choices}.")
+    return torch.cat([parts[part] for part in outputs[name]], dim=1)
 
 
 def mean_patch(tokens: Tokens, valid: Tensor | None) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 from ssd.errors import UserError
 from ssd.evaluation.embeddings import (
     INDEX,
-    OUTPUTS,
     Folder,
     Identity,
     hash_of_weights,
@@ -22,6 +21,7 @@ from ssd.evaluation.embeddings import (
     part_of_samples,
 )
 from ssd.evaluation.features import AUTOCAST
+from ssd.evaluation.outputs import output_of
 from ssd.summary import check_json, console, print_facts, shown, write_json
 from ssd.verbs.arguments import Parser, at_least_one, split_data
 from ssd.verbs.extraction import add_extraction, check_device
@@ -46,9 +46,9 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--output",
         default="pooled",
-        choices=list(OUTPUTS),
         metavar="NAME",
-        help=f"what of the network's answer: {', '.join(OUTPUTS)}; default: pooled, which probes use too",
+        help="which output of the network: pooled, patches, or one of those that ssd probe compares, such as mean_patch or "
+        "last4_cls+mean_patch; default: pooled",
     )
     parser.add_argument("--format", default="npy", choices=["npy", "parquet"], help="default: npy")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="default: float32")
@@ -100,7 +100,7 @@ def embedder(backbone: Any, output: str, device: str, precision: str) -> Callabl
 
     def embed(pictures: Tensor) -> np.ndarray:
         with torch.inference_mode(), torch.autocast(kind, dtype, enabled=dtype is not None):
-            return OUTPUTS[output](backbone(pictures.to(device, non_blocking=True))).float().cpu().numpy()
+            return output_of(backbone, pictures.to(device, non_blocking=True), output).float().cpu().numpy()
 
     return embed
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
-from ssd.batch import Tokens
+from ssd.backbones.vit import ViT
 from ssd.errors import UserError
-from ssd.evaluation.embeddings import OUTPUTS, Folder, Identity, hash_of_weights, part_of_samples
+from ssd.evaluation.embeddings import Folder, Identity, hash_of_weights, part_of_samples
+from ssd.evaluation.outputs import output_of
 from ssd.verbs.embed import check_range
 from ssd.verbs.loading import load_data, load_module
 from tests.verbs.conftest import typed
@@ -113,9 +115,9 @@ def test_after_a_stop_the_same_command_makes_what_is_missing(run, pictures, tmp_
 def test_other_embeddings_are_not_mixed_in(run, pictures, tmp_path):
     words = ("--data", pictures, "--part", 2)
     assert embed(run, tmp_path / "out", *words).status == 0
-    said = embed(run, tmp_path / "out", *words, "--output", "mean_patch", "--dtype", "float16")
+    said = embed(run, tmp_path / "out", *words, "--output", "last2_stages", "--dtype", "float16")
     assert said.status == 2
-    assert "output is pooled there and mean_patch here; dtype is float32 there and float16 here" in said.err
+    assert "output is pooled there and last2_stages here; dtype is float32 there and float16 here" in said.err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     said = embed(run, tmp_path / "full", *words)
@@ -145,17 +147,28 @@ def test_parquet_without_pyarrow_says_what_to_install(run, tmp_path, monkeypatch
 
 
 def test_outputs_are_what_their_names_say():
-    tokens = Tokens(torch.tensor([[[1.0, 3.0], [3.0, 5.0]]]), (1, 2), cls=torch.tensor([[7.0, 8.0]]))
-    found = {name: output(tokens).tolist() for name, output in OUTPUTS.items()}
-    assert found == {
-        "pooled": [[7, 8]],
-        "cls": [[7, 8]],
-        "mean_patch": [[2, 4]],
-        "cls+mean_patch": [[7, 8, 2, 4]],
-        "patches": [[[1, 3], [3, 5]]],
+    torch.manual_seed(0)
+    backbone = ViT("vit_tiny_patch16_224", img_size=32, arguments={"embed_dim": 8, "depth": 2, "num_heads": 2}).eval()
+    samples = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        tokens = backbone(samples, taps=(1,))
+        found = {
+            name: output_of(backbone, samples, name)
+            for name in ("pooled", "cls", "mean_patch", "cls+mean_patch", "last2_cls", "patches")
+        }
+        before = backbone.model.norm(tokens.taps["block1"])[:, 0]
+    expected = {
+        "pooled": tokens.cls,
+        "cls": tokens.cls,
+        "mean_patch": tokens.patches.mean(1),
+        "cls+mean_patch": torch.cat([tokens.cls, tokens.patches.mean(1)], dim=1),
+        "last2_cls": torch.cat([before, tokens.cls], dim=1),
+        "patches": tokens.patches,
     }
-    with pytest.raises(UserError, match=r"no class token. Use --output pooled or mean_patch"):
-        OUTPUTS["cls+mean_patch"](Tokens(tokens.patches, (1, 2)))
+    for name, features in expected.items():
+        assert_close(found[name], features, msg=lambda m, n=name: f"{n}: {m}")
+    with pytest.raises(UserError, match=r"no output 'cls_token'. Choose one of pooled, cls, mean_patch"):
+        output_of(backbone, samples, "cls_token")
 
 
 def test_the_hash_of_weights_follows_every_number_and_name():
