@@ -95,6 +95,7 @@ def fit_summary(
         "evaluated_step": evaluation.step,
         "last": last,
         "best": best,
+        "also": {Path(path).stem: path for path in checkpoints.kept()},
         "folder": str(trainer.default_root_dir),
     }
     write_json(json_file, content)
@@ -113,6 +114,8 @@ def fit_summary(
         facts["last checkpoint"] = shown(last)
     if best:
         facts["best checkpoint"] = f"{shown(best)}  ({checkpoints.best_monitor} {checkpoints.best_value:.4f})"
+    for path, (monitor, value) in checkpoints.kept().items():
+        facts[f"{Path(path).stem.replace('_', ' ')} checkpoint"] = f"{shown(path)}  ({monitor} {value:.4f})"
     if finished:
         export = shown(os.path.join(trainer.default_root_dir, "export"))
         facts["read about it with"] = f"ssd report {shown(str(trainer.default_root_dir))}"

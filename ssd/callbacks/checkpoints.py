@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Keeps `last.ckpt`, from which a run goes on exactly, and `best.ckpt` by a monitor.
+    """Keeps `last.ckpt`, from which a run goes on exactly, `best.ckpt` by a monitor, and one more for each of `also`.
 
     One that cannot be written is a warning while the run goes on, and an error at its end. A `fast_dev_run` writes none.
 
@@ -46,6 +48,8 @@ class Checkpoints(Checkpoint):
         monitor: logged number that decides which is best; where it is not logged, `fallback` decides.
         mode: "max" or "min".
         fallback: monitor for data without labels, larger is better.
+        also: name of a further file -> the number of which it keeps the largest, where that is logged: what is best for
+            whole pictures need not be best for places in them.
     """
 
     def __init__(
@@ -56,18 +60,22 @@ class Checkpoints(Checkpoint):
         monitor: str = "val/knn/top1",
         mode: str = "max",
         fallback: str | None = "val/spectrum/rankme",
+        also: dict[str, str] = {"best_dense": "val/dense/correspondence"},  # noqa: B006 (copied)
     ):
         if mode not in ("max", "min"):
             raise UserError(f"checkpoint mode '{mode}' is unknown. Use 'max' or 'min'.")
+        check_names(also)
         self.folder = folder
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
         self.monitor = monitor
         self.mode = mode
         self.fallback = fallback
+        self.also = dict(also)
         self.best_value: float | None = None
         self.best_monitor: str | None = None
         self.best_model_path = ""
+        self.best_of: dict[str, float] = {}
         self.last_model_path = ""
         self._unsaved = False
 
@@ -88,6 +96,11 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer, pl_module) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        self._keep_best(trainer, pl_module)
+        for name, monitor in self.also.items():
+            self._keep_largest(trainer, pl_module, name, monitor)
+
+    def _keep_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         monitor = next((name for name in (self.monitor, self.fallback) if name in trainer.callback_metrics), None)
         if monitor is None:
             logged = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
@@ -106,6 +119,24 @@ class Checkpoints(Checkpoint):
             self._unsaved = True
         else:
             self.load_state_dict(before)
+
+    def _keep_largest(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, monitor: str) -> None:
+        if monitor not in trainer.callback_metrics:
+            return
+        value = float(trainer.callback_metrics[monitor])
+        larger = math.isfinite(value) and value > self.best_of.get(name, -math.inf)
+        if not trainer.strategy.broadcast(larger):
+            return
+        before = self.best_of
+        self.best_of = before | {name: value}  # before it is saved: the file remembers what it holds
+        if self._save(trainer, pl_module, f"{name}.ckpt"):
+            self._unsaved = True
+        else:
+            self.best_of = before
+
+    def kept(self) -> dict[str, tuple[str, float]]:
+        """Path of each further checkpoint that was written -> its monitor and value."""
+        return {str(self._path / f"{name}.ckpt"): (self.also[name], value) for name, value in self.best_of.items()}
 
     def _better(self, monitor: str, value: float) -> bool:
         """Whether `value` beats what is best; a value of the fallback never beats one of the monitor."""
@@ -157,9 +188,22 @@ class Checkpoints(Checkpoint):
             "best_value": self.best_value,
             "best_monitor": self.best_monitor,
             "best_model_path": self.best_model_path,
+            "best_of": dict(self.best_of),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_value = state_dict["best_value"]
         self.best_monitor = state_dict["best_monitor"]
         self.best_model_path = state_dict["best_model_path"]
+        # those that this run still asks for
+        self.best_of = {name: value for name, value in state_dict.get("best_of", {}).items() if name in self.also}
+
+
+def check_names(also: Mapping[str, str]) -> None:
+    """Raises UserError for names that are no names of files, or those of the two that are always kept."""
+    for name in also:
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in ("last", "best"):
+            raise UserError(
+                f"checkpoints.also: '{name}' cannot name a further checkpoint. Use letters, digits and '_', and neither "
+                "'last' nor 'best', for instance best_dense: val/dense/correspondence."
+            )

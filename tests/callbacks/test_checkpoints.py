@@ -270,6 +270,47 @@ def test_a_resumed_run_remembers_what_is_best(tmp_path):
     assert read_checkpoint(last(tmp_path))["callbacks"]
 
 
+DENSE = {"also": {"best_dense": "val/dense", "best_rank": "val/rank"}}
+
+
+def test_each_further_file_keeps_the_largest_of_its_own_number(tmp_path):
+    values = {2: {"score": 0.9, "dense": 0.1}, 4: {"score": 0.2, "dense": 0.5}, 6: {"score": 0.1, "dense": NAN}}
+    trainer = fit(
+        tmp_path, vit(steps=8), callbacks=[LogValues(values)], checkpoints=SCORES | DENSE, val_check_interval=2
+    )
+    folder = tmp_path / "checkpoints"
+    assert {path.stem: step_of(path) for path in folder.iterdir()} == {"best": 2, "best_dense": 4, "last": 8}
+    assert trainer.checkpoint_callback.kept() == {
+        str(folder / "best_dense.ckpt"): ("val/dense", pytest.approx(0.5)),
+    }
+
+
+def test_a_resumed_run_remembers_what_each_file_holds(tmp_path):
+    def stop(trainer, module):
+        module.stop_requested = True
+
+    settings = {"checkpoints": SCORES | DENSE}
+    fit(tmp_path, vit(), callbacks=[LogValues({10: {"dense": 0.5, "rank": 3.0}}), At(11, stop)], **settings)
+    fit(tmp_path, vit(), callbacks=[LogValues({20: {"dense": 0.4, "rank": 4.0}})], resume=last(tmp_path), **settings)
+    folder = tmp_path / "checkpoints"
+    assert step_of(folder / "best_dense.ckpt") == 10 and step_of(folder / "best_rank.ckpt") == 20
+
+
+def test_a_further_file_that_could_not_be_written_holds_what_it_held(tmp_path, monkeypatch):
+    module = vit(steps=6)
+    break_writes(monkeypatch, DISK_FULL, when=lambda: module.step == 4)
+    values = LogValues({2: {"dense": 0.1}, 4: {"dense": 0.3}, 6: {"dense": 0.2}})
+    with pytest.warns(UserWarning, match="step 4 could not be written to .*best_dense.ckpt"):
+        fit(tmp_path, module, callbacks=[values], checkpoints=SCORES | DENSE, val_check_interval=2)
+    assert step_of(tmp_path / "checkpoints" / "best_dense.ckpt") == 6
+
+
+@pytest.mark.parametrize("name", ["best", "last", "a/b", ""])
+def test_a_further_file_needs_a_name_of_its_own(name):
+    with pytest.raises(UserError, match=f"'{name}' cannot name a further checkpoint.*for instance best_dense"):
+        Checkpoints(also={name: "val/dense"})
+
+
 def test_lightning_finds_the_best_by_its_name(tmp_path):
     module = vit(steps=10)
     trainer = fit(tmp_path, module)
