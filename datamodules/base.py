@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,10 +12,12 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import Sampler
 
+from ssd.batch import Batch
 from ssd.data.broken import BrokenSamples
 from ssd.data.dataset import SampleLoader, start_worker
 from ssd.data.groups import split
 from ssd.data.parcel import Packed
+from ssd.data.randomness import generator
 from ssd.data.sampler import Draws, EpochSampler
 from ssd.data.sampling import Sampling, draws_of, order_cost
 from ssd.data.sources import Renamed, Source, Subset, limited
@@ -26,6 +28,7 @@ from ssd.summary import console, print_facts
 from ssd.views.recipes import views_named
 from ssd.views.view import Views
 
+FIXED = -8  # key of the choice of samples that a run is measured on
 PREFETCHED = 4  # batches that each worker works ahead
 
 
@@ -311,6 +314,23 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
         """The evaluation look at every sample of a source."""
         self._prepared()
         return self._evaluation_loader(source)
+
+    def fixed_batches(self, samples: int) -> Iterator[Batch]:
+        """A fixed choice of `samples` training samples, this rank's part of them, as epoch 0 shows them, in batches.
+
+        The same at any time of a run and after it, so that what is measured on them can be compared. All ranks have as
+        many; what does not divide into ranks and slices is left out.
+        """
+        dataset = self._prepared()
+        dataset.draws = self.draws
+        rank, world = self._place()
+        slices = 1 if self.trainer is None else getattr(self.trainer.lightning_module, "micro_batches", 1)
+        each = min(samples, len(dataset)) // (world * slices) * slices
+        chosen = generator(FIXED).permutation(len(dataset))[rank * each : (rank + 1) * each].tolist()
+        collate = self.collate(self.source.labels is not None, rank, world)
+        for first in range(0, each, self.batch_size):
+            places = [(0, index) for index in chosen[first : first + self.batch_size]]
+            yield collate(dataset.__getitems__(places))
 
     def val_dataloader(self) -> list[SampleLoader]:
         """The bank of labelled samples and the held-out ones; without labels only samples, in one loader."""

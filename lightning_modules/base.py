@@ -30,7 +30,7 @@ from ssd.step import NORMALISATIONS, Step, StepReport
 from ssd.teachers import Teacher
 from ssd.weights.stages import start_stage
 
-DENSE_SAMPLES = 512  # that each process asks for corresponding patches, of each set: enough for half a point
+LOOKED_AT = 512  # samples of each set that each process asks for more than features: enough for half a point
 
 SEEN = ("views", "fingerprint", "sampling", "mean", "std", "value_range", "channels", "seed")
 """Of what a checkpoint says of views and data that which decides what a step sees."""
@@ -216,14 +216,19 @@ class SelfDistillation(Step, pl.LightningModule):
         return self.build_optimizers()
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Frozen features of one evaluation batch, and where patches were found again of the first `DENSE_SAMPLES`.
+        """Frozen features of one evaluation batch, and more of the first `LOOKED_AT` samples.
 
-        {"features": (B, D), "labels": (B,), "index": (B,)}, and "dense": (B, 3) as `correspondence` gives it, of backbones
-        with a map of patches.
+        {"features": (B, D), "labels": (B,), "index": (B,)}, "dense": (B, 3) as `correspondence` gives it, of backbones
+        with a map of patches, and "student": (B, D), the student's features where the evaluated network follows it.
         """
         answer, tokens = self._embedded(batch)
-        if batch_index * len(batch["index"]) < DENSE_SAMPLES and batch["sample"].ndim == 4 and has_places(tokens):
+        if batch_index * len(batch["index"]) >= LOOKED_AT:
+            return answer
+        if batch["sample"].ndim == 4 and has_places(tokens):
             answer["dense"] = correspondence(self.evaluated_backbone, batch["sample"], batch["index"])
+        student: Any = self.student
+        if dataloader_idx == 0 and student.backbone is not self.evaluated_backbone:
+            answer["student"] = student.backbone(batch["sample"]).pooled().float()
         return answer
 
     test_step = validation_step

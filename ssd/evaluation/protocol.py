@@ -39,7 +39,8 @@ class Number:
     high: float | None = None
 
     def text(self) -> str:
-        """The value for people: shares, which are what chance has a meaning for, in percent; the rest as they are."""
+        """The value for people: shares, which are what chance has a meaning for, in percent; the rest as they are, with more
+        decimals where small."""
         text = self.written(self.value)
         return text if self.spread is None else f"{text} ± {self.written(self.spread)}"
 
@@ -49,7 +50,9 @@ class Number:
     def written(self, value: float) -> str:
         if self.name.endswith(SCORES):
             return f"{value:.3f}"
-        return f"{value:.1f}" if self.chance is None else f"{100 * value:.1f}"
+        if self.chance is not None:
+            return f"{100 * value:.1f}"
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
     def interval_text(self) -> str:
         return "" if self.low is None or self.high is None else f"{100 * self.low:.1f} to {100 * self.high:.1f}"

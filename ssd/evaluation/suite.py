@@ -188,17 +188,17 @@ def few_label_report(
 
 
 def monitor(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> list[Number]:
-    """What is cheap enough to ask during training: k-NN (k 20, centred), ridge as the linear probe, RankMe.
+    """What is cheap enough to ask during training: k-NN (k 20, centred), ridge as the linear probe, RankMe and alpha-ReQ.
 
-    (N, D), (N,), (Q, D), (Q,). RankMe alone, of all training features, where training or test set has no labels,
-    or where a feature is not finite: then RankMe is NaN, and a run that may recover goes on.
+    (N, D), (N,), (Q, D), (Q,). The spectrum alone, of all training features, where training or test set has no labels,
+    or where a feature is not finite: then it is NaN, and a run that may recover goes on.
     """
     labelled, asked = train_labels >= 0, test_labels >= 0
     numbers = []
     if labelled.any() and asked.any() and train.isfinite().all() and test.isfinite().all():
         known = (train[labelled], train_labels[labelled], test[asked], test_labels[asked])
         numbers = [knn_number(*known), ridge_number(*known, "linear/top1")]
-    return [*numbers, Number("spectrum/rankme", rankme(train), "rankme-v1")]
+    return numbers + spectrum_numbers(train)
 
 
 def knn_protocol(k: int, center: bool) -> str:

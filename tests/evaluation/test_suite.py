@@ -10,7 +10,7 @@ from ssd.errors import UserError
 from ssd.evaluation.few_labels import few_label_accuracy
 from ssd.evaluation.knn import knn_accuracy
 from ssd.evaluation.protocol import Number
-from ssd.evaluation.spectrum import rankme
+from ssd.evaluation.spectrum import alpha_req, rankme
 from ssd.evaluation.suite import MEASURES, evaluate, few_label_report, monitor, report_table, table
 from tests.evaluation.samples import clouds, digits
 
@@ -115,20 +115,22 @@ def test_rows_of_other_samples_and_missing_labels_are_refused():
         few_label_report({"full": (train, train), "short": (train[1:], train)}, labels, labels)
 
 
-def test_the_monitor_without_labels_is_the_rank_alone():
+def test_the_monitor_without_labels_is_the_spectrum_alone():
     (train, labels), (test, truth) = clouds(100), clouds(50, seed=1)
     labelled = monitor(train, labels, test, truth)
-    assert [number.name for number in labelled] == ["knn/top1", "linear/top1", "spectrum/rankme"]
+    spectrum = ["spectrum/rankme", "spectrum/alpha_req"]
+    assert [number.name for number in labelled] == ["knn/top1", "linear/top1", *spectrum]
     for without in (monitor(train, labels - 9, test, truth), monitor(train, labels, test[:0], truth[:0])):
-        assert [number.name for number in without] == ["spectrum/rankme"]
-        assert_close(without[0].value, rankme(train))
+        assert [number.name for number in without] == spectrum
+        assert_close([number.value for number in without], [rankme(train), alpha_req(train)])
 
 
-def test_the_monitor_of_a_diverged_network_is_a_rank_that_is_not_a_number():
+def test_the_monitor_of_a_diverged_network_is_a_spectrum_that_is_not_a_number():
     (train, labels), (test, truth) = clouds(100), clouds(50, seed=1)
     train[3, 3] = float("inf")
-    (number,) = monitor(train, labels, test, truth)
-    assert number.name == "spectrum/rankme" and math.isnan(number.value)
+    numbers = monitor(train, labels, test, truth)
+    assert [number.name for number in numbers] == ["spectrum/rankme", "spectrum/alpha_req"]
+    assert all(math.isnan(number.value) for number in numbers)
 
 
 def test_tables_show_percent_spread_chance_and_protocol():

@@ -61,12 +61,13 @@ def fit(
     resume: Path | None = None,
     weights_only: bool | None = None,
     checkpoints: dict[str, Any] | None = None,
+    evaluation: OnlineEvaluation | None = None,
     **trainer: Any,
 ) -> pl.Trainer:
     """Trains as the command does, with the callbacks given in front of the evaluation and the checkpoints."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     length = {} if module.steps is not None else {"max_epochs": 3}
-    ours = [*callbacks, OnlineEvaluation(), Checkpoints(**checkpoints or {})]
+    ours = [*callbacks, evaluation or OnlineEvaluation(), Checkpoints(**checkpoints or {})]
     settings = {"accelerator": "cpu", "use_distributed_sampler": False, "default_root_dir": folder, **quiet, **length}
     trainer = pl.Trainer(
         **settings | {"plugins": AtomicCheckpointIO(), "limit_val_batches": 2} | trainer, callbacks=ours

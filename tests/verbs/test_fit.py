@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from ssd.evaluation.protocol import Number
 from ssd.weights.checkpoint import read_checkpoint
 from tests.verbs.conftest import typed
 
@@ -39,11 +40,13 @@ def test_nothing_but_progress_stands_beside_it(run):
 def test_the_same_numbers_are_there_for_programs(run):
     numbers = run.numbers
     assert numbers["finished"] and numbers["steps"] == numbers["evaluated_step"] == 6
-    assert {number["name"] for number in numbers["numbers"]} == {"knn/top1", "linear/top1", "spectrum/rankme"}
+    names = {number["name"] for number in numbers["numbers"]}
+    spectrum = {f"spectrum/{name}" for name in ("rankme", "alpha_req", "lidar")}
+    of_the_run = {"agreement/cosine", "prototypes/perplexity", "prototypes/used"}
+    assert names == {"knn/top1", "linear/top1"} | spectrum | of_the_run
     assert all(number["protocol"] for number in numbers["numbers"])
     for number in numbers["numbers"]:
-        factor = 100 if number["name"].endswith("top1") else 1
-        assert f"{factor * number['value']:.1f}" in run.said.out
+        assert Number(**number).text() in run.said.out
 
 
 def test_the_seed_is_that_of_the_data_too(run):
