@@ -106,6 +106,11 @@ class SelfDistillation(Step, pl.LightningModule):
         self.log("train/health/skipped_steps", float(self.skipped_steps))
         if report.teacher_entropy is not None:
             self.log("train/teacher/entropy", report.teacher_entropy)
+        for kind, use in report.uses.items():
+            before = "" if kind == "picture" else f"{kind}_"
+            self.log(f"train/prototypes/{before}perplexity", use.perplexity)
+            if use.center_share is not None:
+                self.log(f"train/center/{before}share", use.center_share)
         self.log_dict(self.diagnostics(report))
         optimizers = self.optimizers(use_pl_optimizer=False)
         groups = (optimizers[0] if isinstance(optimizers, list) else optimizers).param_groups

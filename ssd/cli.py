@@ -247,6 +247,7 @@ def command_class():
     from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
     from ssd.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
+    from ssd.callbacks.doctor import Doctor
     from ssd.callbacks.online import OnlineEvaluation
     from ssd.callbacks.pictures import RunPictures
     from ssd.callbacks.preemption import Preemption
@@ -314,6 +315,7 @@ def command_class():
             parser.add_lightning_class_args(OnlineEvaluation, "evaluation")
             parser.add_lightning_class_args(RunPictures, "pictures")
             parser.add_lightning_class_args(Checkpoints, "checkpoints")
+            parser.add_lightning_class_args(Doctor, "doctor")
             parser.add_argument(
                 "--ckpt_path",
                 type=str | None,
@@ -390,6 +392,7 @@ def command_class():
                 evaluation=evaluation,
                 checkpoints=self.callback("checkpoints"),
                 throughput=self.throughput,
+                doctor=self.callback("doctor"),
                 json_file=self.settings.json,
             )
 

@@ -7,7 +7,7 @@ states itself in `targets`, `losses` and `update`.
 import bisect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 
 from ssd.backbones.base import Backbone
 from ssd.batch import Batch, Targets
+from ssd.diagnosis.targets import TargetUse, centers_of, measured_use, target_use
 from ssd.distributed import is_sharded, own_part, sum_over_ranks, world_size
 from ssd.errors import UserError
 from ssd.heads import restore_lengths
-from ssd.losses.prototype import entropy
 from ssd.masking.batch import MaskPlan
 from ssd.masking.recipes import Masking
 from ssd.optim import AdamW, Clip, OptimizerRule, parameter_groups, resolve_lr
@@ -55,9 +55,11 @@ class StepReport:
         gradient_norm: L2 norm over all trained parameters before clipping.
         teacher_entropy: mean entropy of the targets `probs` in nats, where it was asked for and there are such.
         measures: what the method's `measures` says of the targets, where it was asked for.
+        uses: kind of target ("picture", "patch") -> how it uses its prototypes, where it was asked for.
         not_finite: what was not finite and made the step be skipped: names of terms, "total" where only
             their sum is not, and "gradient".
         stop: whether any rank was asked to stop.
+        gradients: names of the parameters whose gradients were not finite, where a step was skipped for them.
     """
 
     terms: dict[str, float]
@@ -67,6 +69,8 @@ class StepReport:
     not_finite: tuple[str, ...]
     stop: bool
     measures: dict[str, float] = field(default_factory=dict)
+    uses: dict[str, TargetUse] = field(default_factory=dict)
+    gradients: tuple[str, ...] = ()
 
 
 class Step(Recorded, nn.Module):
@@ -288,7 +292,7 @@ class Step(Recorded, nn.Module):
                 f"micro_batches: {self.micro_batches} does not divide the batch of {len(batch)} samples on this process. Use "
                 "a divisor of data.batch_size."
             )
-        statistics = self._normalisation_statistics()
+        statistics = self.normalisation_statistics()
         with torch.no_grad():
             targets = self.targets(batch)
 
@@ -314,6 +318,7 @@ class Step(Recorded, nn.Module):
         if report.not_finite:
             for buffer, saved in statistics:
                 buffer.copy_(saved)
+            report = replace(report, gradients=not_finite_gradients(plans, norms))
         else:
             frozen = self._frozen()
             for plan, optimizer, plan_norms in zip(plans, optimizers, norms, strict=True):
@@ -363,7 +368,7 @@ class Step(Recorded, nn.Module):
             group["lr"] = 0.0 if still and group["last_layer"] else lr * group["lr_scale"]
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
-    def _normalisation_statistics(self) -> list[tuple[Tensor, Tensor]]:
+    def normalisation_statistics(self) -> list[tuple[Tensor, Tensor]]:
         """Buffers that a forward pass writes, with copies: batch normalisation gathers while it computes."""
         return [
             (buffer, buffer.clone())
@@ -376,10 +381,10 @@ class Step(Recorded, nn.Module):
         self, terms: dict[str, Tensor], total: Tensor, norms: list[Tensor], targets: Targets | None
     ) -> StepReport:
         """Sums the terms over ranks and finds out whether all is finite on all of them. The step's one wait."""
-        probs = getattr(targets, "probs", None)
         measured = {} if targets is None else self.measures(targets)
-        spread = total.new_zeros(1) if probs is None else entropy(probs).mean()[None].float()
-        means = torch.stack([spread[0], *(value.detach().float() for value in measured.values())])
+        used = {} if targets is None else measured_use(targets, centers_of(self))
+        about_targets = [value.detach().float()[None] for value in measured.values()]
+        means = torch.cat([total.new_zeros(0), *about_targets, *(state for _, state in used.values())])
         parts = torch.stack([*(term.float() for term in terms.values()), total.float()])
         norm = torch.linalg.vector_norm(torch.cat(norms))
         flags = torch.cat([~parts.isfinite(), ~norm.isfinite()[None]]).float()
@@ -391,15 +396,22 @@ class Step(Recorded, nn.Module):
         if any(name in flagged for name in terms):
             flagged = tuple(name for name in flagged if name != "total")
         rest = values[len(names) + 1 :]
-        sums, (total_sum, norm_sum, spread_sum, *measure_sums) = rest[: len(terms)], rest[len(terms) :]
+        sums, (total_sum, norm_sum, *mean_sums) = rest[: len(terms)], rest[len(terms) :]
+        of_targets = [value / world_size() for value in mean_sums]
+        states = of_targets[len(measured) :]
+        uses = {
+            kind: target_use(size, *states[4 * place : 4 * place + 4])
+            for place, (kind, (size, _)) in enumerate(used.items())
+        }
         return StepReport(
             terms=dict(zip(terms, sums, strict=True)),
             total=total_sum,
             gradient_norm=norm_sum / world_size(),
-            teacher_entropy=None if probs is None else spread_sum / world_size(),
+            teacher_entropy=uses["picture"].entropy if "picture" in uses else None,
             not_finite=flagged,
             stop=bool(values[len(names)]),
-            measures={name: value / world_size() for name, value in zip(measured, measure_sums, strict=True)},
+            measures=dict(zip(measured, of_targets, strict=False)),
+            uses=uses,
         )
 
     # ------------------------------------------------------------------ state
@@ -423,6 +435,15 @@ def part_of(name: str) -> str:
     """Which of a network's parts a parameter belongs to: backbone, or one of the heads."""
     part = name.partition(".")[0]
     return "backbone" if part in BESIDE_BACKBONE else part
+
+
+def not_finite_gradients(plans: list[Optimized], norms: list[Tensor]) -> tuple[str, ...]:
+    """Names of the parameters whose gradients are not finite, in the order in which they are computed from the loss."""
+    found = []
+    for plan, plan_norms in zip(plans, norms, strict=True):
+        names, _ = trained_gradients(plan.module)
+        found += [name for name, finite in zip(names, plan_norms.isfinite().tolist(), strict=True) if not finite]
+    return tuple(reversed(found))
 
 
 def trained_gradients(module: nn.Module) -> tuple[list[str], list[Tensor]]:

@@ -77,9 +77,10 @@ def evaluation_summary(numbers: Sequence[Number], heading: str, json_file: str |
 
 
 def fit_summary(
-    trainer: Any, module: Any, *, evaluation: Any, checkpoints: Any, throughput: Any, json_file: str | None
+    trainer: Any, module: Any, *, evaluation: Any, checkpoints: Any, throughput: Any, doctor: Any, json_file: str | None
 ) -> None:
-    """What was learned, how fast, where it lies and how to load it; the same as JSON where a file is named."""
+    """What was learned, how fast, what is wrong, where it lies and how to load it; the same as JSON, as `summary.json` in
+    the run's folder and where a file is named."""
     finished = module.step >= module.total_steps
     last, best = checkpoints.last_model_path or str(trainer.ckpt_path or ""), checkpoints.best_model_path
     if best and not os.path.exists(best):
@@ -97,7 +98,9 @@ def fit_summary(
         "best": best,
         "also": {Path(path).stem: path for path in checkpoints.kept()},
         "folder": str(trainer.default_root_dir),
+        "findings": [finding.row() for finding in doctor.findings],
     }
+    write_json(Path(trainer.default_root_dir, "summary.json"), content)
     write_json(json_file, content)
     if rank() != 0:
         return
@@ -110,6 +113,10 @@ def fit_summary(
         facts["speed"] = f"{throughput.images_per_second:,.0f} images/s, {waiting:.0%} of the time waiting for data"
         if waiting > WAITING_TOO_LONG:
             facts["speed"] += ": try more data.num_workers"
+    if doctor.enabled:
+        first, *more = [f"{finding.text()} (step {finding.step})" for finding in doctor.findings] or ["nothing found"]
+        facts["doctor"] = first
+        facts |= {f"doctor, {number}": text for number, text in enumerate(more, start=2)}
     if last:
         facts["last checkpoint"] = shown(last)
     if best:

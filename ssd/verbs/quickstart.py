@@ -1,6 +1,7 @@
 """`ssd quickstart`: from nothing to a pretrained backbone and an honest number, on the bundled digits."""
 
 import csv
+import json
 import shutil
 import time
 from pathlib import Path
@@ -66,6 +67,7 @@ def run(argv: list[str]) -> int:
     report = compare_with_baselines(about, data, bank, queries, arguments.draws, arguments.seed, device="cpu")
     export = export_checkpoint(checkpoint, out / "export")
     curve = draw_curve(out)
+    of_fit = json.loads((out / "summary.json").read_text())
     images = module.step * data.batch_size
     write_json(
         out / "summary.json",
@@ -81,6 +83,7 @@ def run(argv: list[str]) -> int:
             "seed": arguments.seed,
             "export": export.folder,
             "curve": str(curve),
+            "findings": of_fit["findings"],
         },
     )
     columns = ("linear_1pct", "linear_10pct", "linear", "knn")
