@@ -34,6 +34,7 @@ OWN_VERBS = {
     "compare": "several networks, random weights and pixels on the same probes, and whether they differ beyond chance",
     "finetune": "train a backbone with a linear head on all labels and on few",
     "embed": "write the features of a folder as NumPy or Parquet",
+    "doctor": "say what is wrong with a run: collapse, rates, overflow, dead prototypes",
     "curate": "cluster the features of a data set, to draw from all of it alike",
     "manifest": "write a table of a data set's files: labels, groups, sizes, lengths",
     "export": "write the backbone for timm or as safetensors, and prove it",

@@ -16,6 +16,7 @@ from ssd.diagnosis.targets import TargetUse
 from ssd.schedules import in_steps
 
 LEAST_SETTLED = 20  # steps in which a centre of momentum 0.9 has forgotten where it began
+LEAST_REACH = 0.005  # share of their length by which all steps of a run together should be able to move weights
 IN_A_ROW = 3  # looks that must agree on what moves slowly
 
 
@@ -109,9 +110,9 @@ def uses_of(looks: Sequence[Look], phase: Phase, kind: str, count: int) -> list[
 def uniform_collapse(looks: Sequence[Look], phase: Phase) -> Finding | None:
     for kind in KINDS:
         uses = uses_of(looks, phase, kind, IN_A_ROW)
-        if not uses or min(use.uniformity for use in uses) < 0.99:
-            continue
-        if uses[-1].uniformity < uses[0].uniformity - 1e-3:
+        if not uses or min(use.uniformity for use in uses) < 0.999:
+            continue  # small prototypes without weight normalisation begin at 1 and learn at 0.99
+        if uses[-1].uniformity < uses[0].uniformity - 1e-4:
             continue  # on its way out
         size, (teacher, student) = math.log(uses[-1].num_prototypes), looks[-1].temperatures
         term = term_of(looks[-1], kind)
@@ -204,12 +205,13 @@ def shown(value: float | None) -> str:
 
 
 def falling_rank(looks: Sequence[Look], phase: Phase) -> Finding | None:
-    ranks = [look.rank for look in looks if look.rank is not None]
-    if len(ranks) < IN_A_ROW + 2 or looks[-1].step < phase.settled:
+    """A random network's features vary in more directions than a trained one's, so only what came later counts, and only a
+    fall to nearly one direction is no matter of taste."""
+    ranks = [look.rank for look in looks if look.rank is not None and look.step >= phase.settled]
+    if len(ranks) < IN_A_ROW:
         return None
-    smooth = [median(ranks[place : place + IN_A_ROW]) for place in range(len(ranks) - IN_A_ROW + 1)]
-    peak, now = max(smooth), max(ranks[-IN_A_ROW:])
-    if now > 0.3 * peak or peak < 3:
+    peak, now = max(map(min, zip(ranks, ranks[1:]))), max(ranks[-2:])
+    if now > min(3, 0.3 * peak):
         return None
     return Finding(
         "falling-rank",
@@ -244,7 +246,7 @@ def rate_too_low(looks: Sequence[Look], phase: Phase) -> Finding | None:
     if any(look.update is None or look.rate_share < 0.5 or look.skipped for look in last):
         return None
     reach = max(look.update or 0.0 for look in last) * phase.total_steps
-    if reach > 0.02:
+    if reach > LEAST_REACH:
         return None
     return Finding(
         "lr-too-low",
@@ -252,7 +254,7 @@ def rate_too_low(looks: Sequence[Look], phase: Phase) -> Finding | None:
         f"each step changes weights by {last[-1].update:.1e} of their length, so all {phase.total_steps} steps could move "
         f"them by {reach:.1%} at most.",
         "Raise lr to about 1e-3 for batches of 256 (lr_rule and warm-up included).",
-        severity=0.02 / max(reach, 1e-9),
+        severity=LEAST_REACH / max(reach, 1e-9),
     )
 
 
