@@ -25,7 +25,7 @@ from ssd.evaluation.spectrum import effective_rank, singular_values
 from ssd.schedules import value_at
 
 LOOK_EVERY = 10  # steps at least from one look to the next
-ROWS = 128  # features that tell the rank
+ROWS = 64  # features that tell the rank: their spectrum takes a millisecond
 RECENT = 50  # steps of which skipped ones are counted
 REMEMBERED = 300  # looks
 MANY_COPIES = 0.1  # share of a batch that is copies in every step, and makes no jump

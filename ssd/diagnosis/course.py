@@ -110,8 +110,12 @@ def uses_of(looks: Sequence[Look], phase: Phase, kind: str, count: int) -> list[
 def uniform_collapse(looks: Sequence[Look], phase: Phase) -> Finding | None:
     for kind in KINDS:
         uses = uses_of(looks, phase, kind, IN_A_ROW)
-        if not uses or min(use.uniformity for use in uses) < 0.999:
-            continue  # small prototypes without weight normalisation begin at 1 and learn at 0.99
+        if not uses:
+            continue
+        lowest = min(look.uses[kind].uniformity for look in looks if look.step >= phase.settled and kind in look.uses)
+        # small prototypes without weight normalisation begin at 1 and learn at 0.99; who has been lower has fallen back
+        if min(use.uniformity for use in uses) < (0.995 if lowest < 0.9 else 0.999):
+            continue
         if uses[-1].uniformity < uses[0].uniformity - 1e-4:
             continue  # on its way out
         size, (teacher, student) = math.log(uses[-1].num_prototypes), looks[-1].temperatures

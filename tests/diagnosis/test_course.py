@@ -41,6 +41,7 @@ HEALTHY = {
     "uniform for long, on the way out": {
         "uses": lambda n: {"picture": use((1 - 2e-4 * n) * LN_K, 1023)},
     },
+    "nearly uniform from the start, and learning": {"uses": lambda n: {"picture": use(0.992 * LN_K, 1022)}},
     "few prototypes, more and more": {"uses": lambda n: {"picture": use(0.5, 2.0 * 1.2**n)}},
     "a random network's rank that halves": {"rank": lambda n: max(75 / (1 + n), 8)},
     "gradients that fall, and rise tenfold": {"gradient_norm": lambda n: 8.0 if n < 2 else 0.25 if n < 20 else 2.5},
@@ -92,6 +93,12 @@ def test_collapse_is_no_matter_before_a_run_has_settled(kind):
 @pytest.mark.parametrize("kind", ["uniform-collapse", "one-hot-collapse", "dead-prototypes", "still-teacher"])
 def test_a_teacher_that_does_not_follow_cannot_collapse_with_the_student(kind):
     assert kinds(40, FAULTY[kind], phase=Phase(total_steps=1000, settled=50, follows=False)) == []
+
+
+def test_who_was_sharp_has_fallen_back_sooner():
+    """0.997 of ln K is where some begin; it is collapse in a run that had been at 0.4."""
+    series = {"uses": lambda n: {"picture": use(0.4 * LN_K) if n < 10 else use(0.997 * LN_K, 1020)}}
+    assert kinds(40, series) == ["uniform-collapse"]
 
 
 def test_patches_are_asked_for_apart_and_their_term_is_named():

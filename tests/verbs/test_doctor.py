@@ -76,6 +76,32 @@ def test_weights_that_are_no_numbers_and_a_teacher_that_is_the_student_are_found
     )
 
 
+SMALL_VIT = "{patch_size: 8, embed_dim: 96, depth: 4, num_heads: 3%s}"
+VIT = "{class_path: ViT, init_args: {name: vit_tiny_patch16_224, img_size: 32, arguments: %s}}"
+HEALTHY = {
+    "DINO, convnet": ["quickstart"],
+    "DINO, ViT": ["method/dino_small", "--model.backbone", VIT % SMALL_VIT % ""],
+    "iBOT": ["method/ibot_small", "--model.backbone.init_args.arguments", SMALL_VIT % ""],
+    "DINOv2": ["method/dinov2_small", "--model.backbone.init_args.arguments", SMALL_VIT % ""],
+    "DINOv3": [
+        "method/dinov3_small",
+        *("--model.backbone.init_args.arguments", SMALL_VIT % ", init_values: 0.1, num_reg_tokens: 0"),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", HEALTHY)
+def test_healthy_runs_hear_nothing(recipe, tmp_path):
+    """The whole of a run of 200 steps, with its warm-up and its end."""
+    config, *settings = HEALTHY[recipe]
+    given = ("--config", config, "--data", "Digits", "--data.batch_size", 32, "--model.steps", 200)
+    said = typed("fit", *given, *settings, "--trainer.default_root_dir", tmp_path, "--trainer.limit_val_batches", 1)
+    assert said.status == 0, said.err
+    assert json.loads((tmp_path / "summary.json").read_text())["findings"] == []
+    assert "doctor:" not in said.err
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
