@@ -16,7 +16,7 @@ from ssd.batch import Batch
 from ssd.callbacks.checkpoints import AtomicCheckpointIO
 from ssd.callbacks.throughput import Throughput
 from ssd.diagnosis.batches import BATCH_FACTS, BatchFacts, diagnose_batch, first_views, guilty_rows, measure_batch
-from ssd.diagnosis.course import Look, Phase, diagnose_course, phase_of
+from ssd.diagnosis.course import Look, Phase, diagnose_course, phase_of, temperatures_of
 from ssd.diagnosis.findings import Finding, is_news
 from ssd.diagnosis.networks import Watch, copies, diagnose_networks, moved, sampled_weights
 from ssd.diagnosis.origin import origin
@@ -150,7 +150,7 @@ class Doctor(pl.Callback):
             loss_scale=scale_of(trainer),
             waiting=waiting,
             waited_of=seconds,
-            temperatures=(temperature(pl_module, "teacher"), temperature(pl_module, "student")),
+            temperatures=temperatures_of(pl_module, step),
         )
         self._looks = [*self._looks[-REMEMBERED:], look]
         self._norms = []
@@ -325,8 +325,3 @@ def centred_rank(features: Tensor) -> float:
 def scale_of(trainer: pl.Trainer) -> float | None:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return None if scaler is None else float(scaler.get_scale())
-
-
-def temperature(pl_module: Any, of: str) -> float | None:
-    name = f"{of}_temperature"
-    return float(pl_module.at(name)) if hasattr(pl_module, name) else None

@@ -13,7 +13,7 @@ from typing import Any
 
 from ssd.diagnosis.findings import Finding
 from ssd.diagnosis.targets import TargetUse
-from ssd.schedules import in_steps
+from ssd.schedules import in_steps, value_at
 
 LEAST_SETTLED = 20  # steps in which a centre of momentum 0.9 has forgotten where it began
 LEAST_REACH = 0.005  # share of their length by which all steps of a run together should be able to move weights
@@ -81,6 +81,14 @@ def phase_of(method: Any) -> Phase:
     return Phase(total, max(LEAST_SETTLED, min(total // 20, 1000), *ends), method.teacher.follows)
 
 
+def temperatures_of(method: Any, step: int) -> tuple[float | None, float | None]:
+    """Of teacher and student, in force in the last of so many steps."""
+    length = method.total_steps, method.steps_per_epoch
+    settings = (getattr(method, f"{of}_temperature", None) for of in ("teacher", "student"))
+    teacher, student = (None if value is None else value_at(value, step - 1, *length) for value in settings)
+    return teacher, student
+
+
 def diagnose_course(looks: Sequence[Look], phase: Phase) -> list[Finding]:
     """Everything that the looks so far say is wrong at the last of them."""
     if not looks:
@@ -121,11 +129,11 @@ def uniform_collapse(looks: Sequence[Look], phase: Phase) -> Finding | None:
         size, (teacher, student) = math.log(uses[-1].num_prototypes), looks[-1].temperatures
         term = term_of(looks[-1], kind)
         loss = "" if term is None else f" (loss '{term}' {looks[-1].terms[term]:.3f})"
-        sharp = teacher is not None and student is not None and teacher < student
+        blunt = teacher is not None and student is not None and teacher >= student
         advice = (
-            "Lower lr: a third."
-            if sharp
-            else f"Lower teacher_temperature, {shown(teacher)}, below student_temperature, {shown(student)}: 0.04."
+            f"Lower teacher_temperature, {teacher:g}, below student_temperature, {student:g}: 0.04."
+            if blunt
+            else "Lower lr: a third."
         )
         return Finding(
             "uniform-collapse",
@@ -199,10 +207,6 @@ def term_of(look: Look, kind: str) -> str | None:
     """The loss term that such targets are for, where there is one of a known name."""
     names = ("ibot",) if kind == "patch" else ("dino", "dino_global")
     return next((name for name in names if name in look.terms), None)
-
-
-def shown(value: float | None) -> str:
-    return "not given" if value is None else f"{value:g}"
 
 
 # ---------------------------------------------------------------------- features

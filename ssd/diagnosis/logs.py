@@ -3,7 +3,7 @@
 import csv
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,16 @@ def read_logs(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def looks_of(
-    rows: Mapping[int, Mapping[str, float]], prototypes: Mapping[str, int], targets: Mapping[str, int]
+    rows: Mapping[int, Mapping[str, float]],
+    prototypes: Mapping[str, int],
+    targets: Mapping[str, int],
+    temperatures: Callable[[int], tuple[float | None, float | None]],
 ) -> list[Look]:
     """
     Args:
         prototypes: kind of target -> K.
         targets: kind of target -> how many of them a step has, of kinds for which that is known.
+        temperatures: step -> of teacher and student.
     """
     looks: list[Look] = []
     skips: deque[tuple[int, float]] = deque()
@@ -63,6 +67,7 @@ def looks_of(
                 rate_share=rate / largest if largest else 0.0,
                 skipped=round(skips[-1][1] - before[1]),
                 recent=step - before[0],
+                temperatures=temperatures(step),
             )
         )
     return looks

@@ -41,9 +41,9 @@ def first_not_finite(module: nn.Module) -> Iterator[list[str]]:
 
     def watch(name: str) -> Any:
         def look(layer: nn.Module, inputs: Any, output: Any) -> None:
-            broken: list[Tensor] = []
-            map_tensors(output, lambda tensor: broken.append(tensor) if not_finite(tensor) else None)
-            if broken:
+            tensors: list[Tensor] = []
+            map_tensors(output, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+            if any(map(not_finite, tensors)):
                 found.append(name)
 
         return look

@@ -86,14 +86,13 @@ def center_share(targets: Targets, kind: str, center: Tensor | None) -> Tensor:
 
     An average of logits can hardly be longer than they are, so far above 1 it is no average any more.
     """
-    logits = getattr(targets, "logits", None) if kind == "picture" else None
-    features = getattr(targets, "patch_features", None) if kind == "patch" else None
-    if center is None or (logits is None and features is None):
+    name = "logits" if kind == "picture" else "patch_features"
+    rows: Tensor | None = getattr(targets, name, None)
+    if center is None or rows is None:
         return torch.full((), math.nan, device=targets.probs.device)
-    if logits is not None:
-        mean = logits.detach().float().flatten(0, -2).mean(0)
-    else:
-        mean = targets.patch_prototypes.float() @ features.float().flatten(0, -2).mean(0)
+    mean = rows.detach().float().flatten(0, -2).mean(0)
+    if kind == "patch":
+        mean = targets.patch_prototypes.float() @ mean
     mean = sum_over_ranks(mean) / world_size()
     return center.norm() / mean.norm().clamp_min(torch.finfo(torch.float32).tiny)
 

@@ -16,8 +16,8 @@ def agreement_number(teacher: Tensor, student: Tensor) -> Number:
     1 where they say the same of every sample and 0 where they have nothing in common. Uncentred it would be close to 1 for
     any two networks whose features have a large constant part.
     """
-    apart = [features.double() - features.double().mean(0) for features in (teacher, student)]
-    value = F.cosine_similarity(*apart, dim=1).mean()
+    ours, theirs = (features.double() - features.double().mean(0) for features in (teacher, student))
+    value = F.cosine_similarity(ours, theirs, dim=1).mean()
     return Number("agreement/cosine", float(value), f"agreement-v1 of {len(teacher)} training samples, centred")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ssd.diagnosis.course import phase_of
+from ssd.diagnosis.course import phase_of, temperatures_of
 from ssd.diagnosis.findings import Finding
 from ssd.diagnosis.logs import diagnose_logs, diagnose_weights, looks_of, read_logs, skipped_steps
 from ssd.errors import UserError
@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
     module, _ = load_module(checkpoint)
     said = [Finding(**row) for row in contents.get("callbacks", {}).get("Doctor", {}).get("findings", [])]
     rows = {} if folder is None else read_logs(folder)
-    looks = looks_of(rows, prototypes_of(module), targets_of(module))
+    looks = looks_of(rows, prototypes_of(module), targets_of(module), lambda step: temperatures_of(module, step))
     found = diagnose_logs(looks, phase_of(module)) if module.total_steps else []
     found += skipped_steps(rows) + diagnose_weights(contents["state_dict"], module.step)
     findings = said + [finding for finding in found if finding.kind not in {known.kind for known in said}]
