@@ -299,8 +299,9 @@ class Doctor(pl.Callback):
             return
         print(f"doctor: step {finding.step}: {finding.text()}", file=sys.stderr, flush=True)
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_text"):
-                logger.experiment.add_text(f"doctor/{finding.kind}", finding.text(), finding.step)
+            writer: Any = getattr(logger, "experiment", None)
+            if hasattr(writer, "add_text"):
+                writer.add_text(f"doctor/{finding.kind}", finding.text(), finding.step)
 
     def state_dict(self) -> dict[str, Any]:
         return {"findings": [finding.row() for finding in self.findings], "kept": self.kept}

@@ -13,7 +13,7 @@ from ssd.distributed import own_part
 from ssd.teachers import Teacher
 
 SAMPLED_LAYERS = 8
-SAMPLED_WEIGHTS = 2**16
+SAMPLED_WEIGHTS = 2**14
 """Of each sampled layer: enough to tell by how much it moves, and nothing to copy."""
 
 
@@ -81,7 +81,7 @@ class Watch:
 def storage(parameter: Tensor) -> int:
     """Where its memory begins, 0 for none."""
     part = own_part(parameter)
-    return part.untyped_storage().data_ptr() + part.storage_offset() * part.element_size() if part.numel() else 0
+    return part.data_ptr() if part.numel() else 0
 
 
 def shared_storage(name: str, teacher: Teacher, students: Mapping[int, str], step: int) -> Finding | None:
