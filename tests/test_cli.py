@@ -12,7 +12,7 @@ from PIL import Image
 
 from lightning_modules.base import SelfDistillation
 from ssd.backbones.base import Backbone
-from ssd.cli import main, warnings_for_people, without_worker
+from ssd.cli import LIGHTNING_VERBS, OWN_VERBS, main, warnings_for_people, without_worker
 from ssd.verbs.arguments import expand, run_of, split_data
 
 TINY = """
@@ -91,23 +91,7 @@ def test_the_command_alone_lists_verbs_and_configs_and_loads_no_torch():
         assert word in done.stdout
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        "fit",
-        "plan",
-        "validate",
-        "test",
-        "predict",
-        "probe",
-        "embed",
-        "export",
-        "methods",
-        "verify",
-        "check-data",
-        "look",
-    ],
-)
+@pytest.mark.parametrize("verb", [*LIGHTNING_VERBS, *OWN_VERBS])
 def test_every_verb_explains_itself(verb, capsys):
     assert main([verb, "--help"]) == 0
     said = capsys.readouterr()

@@ -243,7 +243,9 @@ def test_the_best_is_the_first_of_the_greatest_by_the_monitor_or_else_the_fallba
 
 def test_a_monitor_that_nobody_logs_is_said_with_what_is_logged(tmp_path):
     settings = {"monitor": "val/knn/top5", "fallback": None}
-    with pytest.warns(UserWarning, match=r"'val/knn/top5' was not logged.*val/knn/top1, val/linear/top1, val/spectrum"):
+    with pytest.warns(
+        UserWarning, match=r"'val/knn/top5' was not logged.*val/knn/top1, val/linear/top1, val/prototypes"
+    ):
         fit(tmp_path, vit(steps=10), checkpoints=settings)
     assert not best(tmp_path).exists() and step_of(last(tmp_path)) == 10
 

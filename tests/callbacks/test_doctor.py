@@ -164,7 +164,7 @@ def copy_some(views):
 OF_THE_COURSE = {
     "uniform-collapse": (vit, {"teacher_temperature": 10.0}, []),
     "one-hot-collapse": (vit, {}, [At(1, keeps_few(1))]),
-    "falling-rank": (vit, {}, [At(25, one_direction)]),
+    "falling-rank": (vit, {}, [At(31, one_direction)]),
     "runaway-center": (vit, {}, [At(1, sums_instead_of_averages)]),
     "lr-too-high": (vit, {"lr": 1.0}, []),
     "lr-too-low": (vit, {"lr": 1e-10}, []),
