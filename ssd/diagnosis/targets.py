@@ -68,7 +68,8 @@ def measured_use(targets: Targets, centers: Mapping[str, Tensor | None]) -> dict
         rows = probs.detach().float().flatten(0, -2)
         weight = getattr(targets, "patch_weight", None) if kind == "patch" else None
         counts = rows.new_ones(len(rows)) if weight is None else (weight > 0).to(rows)  # padding is uniform
-        sums = torch.cat([counts @ rows, (counts @ entropy(rows))[None], counts.sum()[None]])
+        with torch.autocast(rows.device.type, enabled=False):  # products would be of half precision
+            sums = torch.cat([counts @ rows, (counts @ entropy(rows))[None], counts.sum()[None]])
         sums = sum_over_ranks(sums)
         count = sums[-1].clamp_min(1)
         share = center_share(targets, kind, centers.get(kind))
@@ -92,7 +93,7 @@ def center_share(targets: Targets, kind: str, center: Tensor | None) -> Tensor:
         return torch.full((), math.nan, device=targets.probs.device)
     mean = rows.detach().float().flatten(0, -2).mean(0)
     if kind == "patch":
-        mean = targets.patch_prototypes.float() @ mean
+        mean = (targets.patch_prototypes.float() * mean).sum(-1)
     mean = sum_over_ranks(mean) / world_size()
     return center.norm() / mean.norm().clamp_min(torch.finfo(torch.float32).tiny)
 

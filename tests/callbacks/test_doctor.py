@@ -172,20 +172,20 @@ OF_THE_COURSE = {
 }
 
 
+CONSEQUENCES = {
+    "runaway-center": {"one-hot-collapse"},
+    "lr-too-low": {"uniform-collapse"},
+    # a network that jumps about has lost everything else as well
+    "lr-too-high": {"uniform-collapse", "one-hot-collapse", "falling-rank", "rising-loss", "exploding-gradient"},
+}
+
+
 @pytest.mark.parametrize("kind", OF_THE_COURSE)
 def test_what_goes_wrong_in_a_run_is_named(tmp_path, kind):
     build, settings, faults = OF_THE_COURSE[kind]
     doctor = examined(tmp_path, build(steps=50, **settings), *faults)
     assert kind in kinds(doctor)
     assert set(kinds(doctor)) - {kind} <= CONSEQUENCES.get(kind, set())
-
-
-CONSEQUENCES = {
-    # a network that jumps about has lost everything else as well
-    "runaway-center": {"one-hot-collapse"},
-    "lr-too-low": {"uniform-collapse"},
-    "lr-too-high": {"uniform-collapse", "one-hot-collapse", "falling-rank", "rising-loss", "exploding-gradient"},
-}
 
 
 def test_dead_prototypes_are_named(tmp_path):

@@ -25,6 +25,13 @@ def test_sharp_targets_that_differ_are_no_collapse_and_those_that_agree_are():
     assert uniform.uniformity == pytest.approx(1) and uniform.entropy == pytest.approx(math.log(8))
 
 
+def test_half_precision_around_it_costs_no_digit():
+    probs = torch.softmax(torch.randn(2, 64, 1024, generator=torch.Generator().manual_seed(0)), -1)
+    exact = used(Targets(probs=probs))["picture"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert used(Targets(probs=probs))["picture"] == exact
+
+
 def test_padded_patches_do_not_count():
     rows = torch.cat([torch.eye(4)[:2], torch.full((3, 4), 0.25)])
     targets = Targets(
