@@ -130,11 +130,10 @@ def uniform_collapse(looks: Sequence[Look], phase: Phase) -> Finding | None:
         term = term_of(looks[-1], kind)
         loss = "" if term is None else f" (loss '{term}' {looks[-1].terms[term]:.3f})"
         blunt = teacher is not None and student is not None and teacher >= student
-        advice = (
-            f"Lower teacher_temperature, {teacher:g}, below student_temperature, {student:g}: 0.04."
-            if blunt
-            else "Lower lr: a third."
-        )
+        if blunt:
+            advice = f"Lower teacher_temperature, {teacher:g}, below student_temperature, {student:g}: 0.04."
+        else:
+            advice = "Lower lr: a third." if lowest < 0.9 else "They never were sharper: halve teacher_temperature."
         return Finding(
             "uniform-collapse",
             looks[-1].step,

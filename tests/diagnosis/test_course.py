@@ -115,7 +115,9 @@ def test_advice_follows_the_temperatures():
     (finding,) = diagnose_course(blunt, PHASE)
     assert finding.advice == "Lower teacher_temperature, 0.2, below student_temperature, 0.1: 0.04."
     sharp = looks(30, uses={"picture": use(LN_K, 1024)}, temperatures=(0.04, 0.1))
-    assert "lr" in diagnose_course(sharp, PHASE)[0].advice
+    assert diagnose_course(sharp, PHASE)[0].advice == "They never were sharper: halve teacher_temperature."
+    fallen = looks(30, uses=lambda n: {"picture": use() if n < 10 else use(LN_K, 1024)}, temperatures=(0.04, 0.1))
+    assert diagnose_course(fallen, PHASE)[0].advice == "Lower lr: a third."
 
 
 def test_the_advice_for_a_high_rate_brings_updates_to_a_hundredth():
