@@ -1,16 +1,15 @@
 """Evaluation during training: what the frozen features are worth at every validation, from one pass over the data."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
 from ssd.distributed import gather_rows, sum_over_ranks
-from ssd.errors import UserError
 from ssd.evaluation.dense import correspondence_number
 from ssd.evaluation.features import Features, gathered
 from ssd.evaluation.label_free import PrototypeUse, agreement_number, lidar_number, prototype_numbers
+from ssd.evaluation.moments import check_times, steps_of
 from ssd.evaluation.protocol import Number
 from ssd.evaluation.suite import monitor
 
@@ -106,7 +105,7 @@ class OnlineEvaluation(pl.Callback):
             return
         with torch.no_grad():
             self.numbers = monitor(bank.features, bank.labels, queries.features, queries.labels)
-            self.numbers += self._of_fixed_samples(trainer, pl_module)
+            self.numbers += self.of_fixed_samples(trainer, pl_module)
         if len(pairs.index) > 1:
             self.numbers.append(agreement_number(*pairs.features.unflatten(1, (2, -1)).unbind(1)))
         counts = of_queries if of_queries[0] > 0 else of_bank
@@ -116,7 +115,7 @@ class OnlineEvaluation(pl.Callback):
         for number in self.numbers:
             pl_module.log(f"val/{number.name}", number.value, sync_dist=True, batch_size=len(bank.index))
 
-    def _of_fixed_samples(self, trainer: pl.Trainer, pl_module: Any) -> list[Number]:
+    def of_fixed_samples(self, trainer: pl.Trainer, pl_module: Any) -> list[Number]:
         """LiDAR and the use of prototypes, of what has views and such targets."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "fixed_batches") or not getattr(pl_module, "total_steps", 0):
@@ -141,21 +140,3 @@ class OnlineEvaluation(pl.Callback):
         # a sum in the order of the samples is the same for any number of processes
         order = gather_rows(torch.cat(index)).argsort()
         return [lidar_number(gather_rows(torch.cat(views))[order]), *numbers]
-
-
-def check_times(times: int | Sequence[float] | None) -> int | list[float] | None:
-    """Raises UserError for a count that is none and for shares outside of a run."""
-    if times is None or (isinstance(times, int) and times > 0):
-        return times
-    if isinstance(times, Sequence) and times and all(0 < share <= 1 for share in times):
-        return list(times)
-    raise UserError(
-        f"evaluation.times: {times} is neither a count of evaluations nor shares of the run. Use 10 for ten of them, "
-        "[0.01, 0.1, 1] for those shares, or null to evaluate as the trainer says."
-    )
-
-
-def steps_of(times: int | Sequence[float], total_steps: int) -> set[int]:
-    """After how many steps of a run an evaluation is due; a share that is less than a step is one step."""
-    shares = [(number + 1) / times for number in range(times)] if isinstance(times, int) else times
-    return {max(1, round(share * total_steps)) for share in shares}

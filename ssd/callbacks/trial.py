@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from ssd.callbacks.online import OnlineEvaluation
 from ssd.evaluation.suite import monitor
 from ssd.memory import STATUS, status_mib
 
@@ -130,25 +131,28 @@ class Trial(pl.Callback):
         bank, queries = features(parts[0]["samples"]), features(parts[1]["samples"] if len(parts) > 1 else 0)
         began = time.perf_counter()
         monitor(*bank, *queries)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, OnlineEvaluation):
+                callback.of_fixed_samples(trainer, module)
         return {"loaders": parts, "probes_s": time.perf_counter() - began}
 
     def _batches(self, trainer: pl.Trainer, module: Any, loader: Any) -> dict[str, Any]:
         """Of one loader: samples, batches, and seconds of the first batch, of one whose patches are sought again, and of
         any other."""
-        from lightning_modules.base import DENSE_SAMPLES
+        from lightning_modules.base import LOOKED_AT
 
         batches = without_end(loader)
         seconds: dict[str, float] = {}
         width = 0
         # the first call starts workers and makes what later ones use again
-        for name, index in (("first_s", 0), ("dense_s", 0), ("plain_s", DENSE_SAMPLES)):
+        for name, index in (("first_s", 0), ("dense_s", 0), ("plain_s", LOOKED_AT)):
             began = time.perf_counter()
             batch = trainer.strategy.batch_to_device(next(batches))
             width = module.validation_step(batch, index)["features"].shape[1]
             if module.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name] = time.perf_counter() - began
-        dense = -(-DENSE_SAMPLES // loader.batch_size)
+        dense = -(-LOOKED_AT // loader.batch_size)
         return {"samples": len(loader.dataset), "batches": len(loader), "dense": dense, "width": width, **seconds}
 
 

@@ -95,9 +95,13 @@ def few_label_numbers(sets: Sets) -> list[Number]:
 
 
 def spectrum_numbers(sets: Sets) -> list[Number]:
+    return spectrum_of(sets.everything)
+
+
+def spectrum_of(features: Tensor) -> list[Number]:
     return [
-        Number("spectrum/rankme", rankme(sets.everything), "rankme-v1"),
-        Number("spectrum/alpha_req", alpha_req(sets.everything), "alpha-req-v1"),
+        Number("spectrum/rankme", rankme(features), "rankme-v1"),
+        Number("spectrum/alpha_req", alpha_req(features), "alpha-req-v1"),
     ]
 
 
@@ -198,7 +202,7 @@ def monitor(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tens
     if labelled.any() and asked.any() and train.isfinite().all() and test.isfinite().all():
         known = (train[labelled], train_labels[labelled], test[asked], test_labels[asked])
         numbers = [knn_number(*known), ridge_number(*known, "linear/top1")]
-    return numbers + spectrum_numbers(train)
+    return numbers + spectrum_of(train)
 
 
 def knn_protocol(k: int, center: bool) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
+from ssd.evaluation.moments import steps_of
 from ssd.planning.facts import Facts
 from ssd.planning.trials import Measured
 
@@ -36,13 +37,15 @@ class Cost:
         return {**asdict(self), "seconds": self.seconds, "hours": self.seconds / 3600}
 
 
-def cost_of(facts: Facts, measured: Measured, trainer: Any, checkpoints: Any) -> Cost:
+def cost_of(
+    facts: Facts, measured: Measured, trainer: Any, checkpoints: Any, times: int | Sequence[float] | None = None
+) -> Cost:
     """Of a run whose steps were measured on one process.
 
     Args:
-        trainer, checkpoints: the run's own settings, of which evaluations and checkpoints follow.
+        trainer, checkpoints, times: the run's own settings (`evaluation.times`), of which evaluations and checkpoints follow.
     """
-    evaluations = evaluations_of(facts, trainer)
+    evaluations = evaluations_of(facts, trainer, times)
     ends = facts.steps // facts.steps_per_epoch
     every_steps = facts.steps // checkpoints.every_n_steps if checkpoints.every_n_steps else 0
     every_epochs = ends // checkpoints.every_n_epochs if checkpoints.every_n_epochs else 0
@@ -60,10 +63,12 @@ def cost_of(facts: Facts, measured: Measured, trainer: Any, checkpoints: Any) ->
     )
 
 
-def evaluations_of(facts: Facts, trainer: Any) -> int:
-    """How often a run is evaluated: at the trainer's intervals, and at the end."""
+def evaluations_of(facts: Facts, trainer: Any, times: int | Sequence[float] | None = None) -> int:
+    """How often a run is evaluated: at the trainer's intervals or at `times`, and at the end."""
     if trainer.limit_val_batches == 0:
         return 0
+    if times is not None:
+        return len(steps_of(times, facts.steps) | {facts.steps})
     every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
     epochs = facts.steps // facts.steps_per_epoch
     if interval in (None, 1.0) and not isinstance(interval, int):

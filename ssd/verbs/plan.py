@@ -133,6 +133,7 @@ class Run:
     facts: Facts
     trainer: Any
     checkpoints: Any
+    evaluation: Any
     accelerator: str | None
     can_slice: bool
 
@@ -170,7 +171,16 @@ def resolve(words: list[str], folder: Path) -> Run:
                 precision=str(asked.precision or "32-true"),
             )
             can_slice = module.ghost_norm or not facts.normalised_by_batch
-            found.append(Run(facts, asked, self.settings.checkpoints.clone(), accelerator, can_slice))
+            found.append(
+                Run(
+                    facts,
+                    asked,
+                    self.settings.checkpoints.clone(),
+                    self.settings.evaluation.clone(),
+                    accelerator,
+                    can_slice,
+                )
+            )
 
         def after_fit(self) -> None:
             """Nothing was learned."""
@@ -212,7 +222,7 @@ def measure(run: Run, words: list[str], memory: float | str | None, out: Console
     if measured is None:
         print_facts(out, {"memory": f"does not suffice for a batch of {facts.batch} on the {run.accelerator}"})
     else:
-        cost = cost_of(facts, measured, run.trainer, run.checkpoints)
+        cost = cost_of(facts, measured, run.trainer, run.checkpoints, run.evaluation.times)
         out.print()
         print_facts(out, priced(facts, measured, cost, run.accelerator))
         content = {"measured": vars(measured), "cost": cost.row()}

@@ -5,9 +5,10 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from ssd.callbacks.online import OnlineEvaluation, steps_of
+from ssd.callbacks.online import OnlineEvaluation
 from ssd.errors import UserError
 from ssd.evaluation.label_free import agreement_number
+from ssd.evaluation.moments import steps_of
 from ssd.evaluation.suite import monitor
 from tests.evaluation.samples import clouds
 from tests.lightning_modules.runs import At, digits, fit, fit_as_rank, last, vit

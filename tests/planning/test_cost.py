@@ -57,6 +57,12 @@ def test_a_run_is_evaluated_at_its_intervals_and_at_the_end(steps, settings, exp
     assert evaluations_of(run(steps), trainer(**settings)) == expected
 
 
+@pytest.mark.parametrize(("times", "expected"), [(10, 10), ([0.5], 2), ([0.25, 1.0], 2), (7, 7)])
+def test_chosen_times_count_and_the_end(times, expected):
+    assert evaluations_of(run(100), trainer(check_val_every_n_epoch=1), times) == expected
+    assert evaluations_of(run(100), trainer(limit_val_batches=0), times) == 0
+
+
 def test_an_evaluation_is_its_batches_its_start_and_the_probes():
     # 2 to start workers, 4 dense and 6 plain batches; 3 dense ones; the probes
     assert evaluation_seconds(MEASURED, None, 1) == pytest.approx(2 + 4 + 1.5 + 3 + 0.75)
