@@ -18,6 +18,7 @@ from ssd.errors import UserError
 
 BEFORE_BLOCKS: tuple[int | str, ...] = (0, "block0")
 FAMILIES = {"vision_transformer", "deit", "eva"}  # timm's own modules
+STEMS = ("linear", "conv")
 
 
 class ViT(Backbone):
@@ -31,6 +32,10 @@ class ViT(Backbone):
             vit_small_patch16_dinov3.
         img_size: pixels of the side (or height and width) that learned positions are kept for; the
             name's own where None. Other inputs work, at the cost of resizing positions.
+        stem: what turns pixels into patches: "linear", one convolution as wide as the patch, timm's own; "conv", convolutions
+            of 3x3 that overlap, each of stride 2, with batch normalisation (Xiao et al. 2021, arXiv 2106.14881), with which
+            a small ViT learns from few steps. Masked patches are then hidden in the picture too, or their neighbours
+            would show their edges. Plain timm has no such stem, so it exports as safetensors only.
         drop_path_rate: share of samples whose residual branch is skipped, in the last block at least.
         drop_path_rule: "linear": the share grows from 0 in the first block; "uniform": it is the same in all; "subset":
             the same, and what is skipped is not computed (DINOv2), which saves its time and memory.
@@ -51,6 +56,7 @@ class ViT(Backbone):
         *,
         in_chans: int = 3,
         img_size: int | Sequence[int] | None = None,
+        stem: str = "linear",
         drop_path_rate: float = 0.0,
         drop_path_rule: str = "linear",
         activation_checkpointing: bool = False,
@@ -78,6 +84,9 @@ class ViT(Backbone):
         model = create(name, build, arguments)
         if hasattr(model, "dist_token"):
             raise UserError(f"'{name}' has a distillation token, which no method here uses. Use the name without it.")
+        if stem not in STEMS:
+            raise UserError(f"stem: '{stem}' is unknown. Choose one of {', '.join(STEMS)}.")
+        self.edits = convolve_stem(model, name) if stem == "conv" else []
         set_drop_path(model.blocks, drop_path_rate, drop_path_rule)
         model.global_pool = "avg" if model.cls_token is None else "token"
         self.model = model
@@ -130,7 +139,7 @@ class ViT(Backbone):
         return -(-height // rows), -(-width // columns)
 
     def describe_timm(self) -> dict[str, Any]:
-        return {"name": self.name, "kwargs": dict(self.kwargs), "edits": []}
+        return {"name": self.name, "kwargs": dict(self.kwargs), "edits": list(self.edits)}
 
     def forward(
         self,
@@ -205,8 +214,14 @@ class ViT(Backbone):
             self.padding_said = True
             say_padding(self.name, (height, width), self.patch)
 
+        grid = self.grid(height, width)
+        all_patches = (len(x), grid[0] * grid[1])
+        masked = None if masked is None else as_boolean(masked, all_patches)  # (B, N)
+        if self.edits and masked is not None:
+            x = hide_pixels(x, masked, grid, self.patch)
+        if self.edits and visible is not None:
+            x = hide_pixels(x, ~as_boolean(visible, all_patches), grid, self.patch)
         patches = self.model.patch_embed(x)  # (B, h, w, D)
-        grid = (patches.shape[1], patches.shape[2])
         if masked is not None:
             patches = replace_masked(patches.flatten(1, 2), masked, mask_token).unflatten(1, grid)
         sequence, rope = self.model._pos_embed(patches) if self.rotary else (self.model._pos_embed(patches), None)
@@ -245,16 +260,50 @@ def fix_positions(model: Any, name: str) -> None:
     model.pos_embed.requires_grad_(False)
 
 
+def as_boolean(chosen: Tensor, patches: tuple[int, int]) -> Tensor:
+    """Patches of pictures, bool (B, N) or indices (B, M), as bool of shape `patches` (B, N)."""
+    if chosen.dtype != torch.bool:
+        none = torch.zeros(patches, dtype=torch.bool, device=chosen.device)
+        return none.scatter(1, chosen, True)
+    if chosen.shape != patches:
+        raise UserError(f"masked is {tuple(chosen.shape)}, the pictures have {patches} patches.")
+    return chosen
+
+
 def replace_masked(patches: Tensor, masked: Tensor, mask_token: Tensor | None) -> Tensor:
-    """Patch embeddings (B, N, D) with the masked ones, bool (B, N) or indices (B, M), set to the token."""
+    """Patch embeddings (B, N, D) with the masked ones, bool (B, N), set to the token."""
     if mask_token is None:
         raise UserError("`masked` was given without a `mask_token`. The method's network owns one of D values.")
-    if masked.dtype != torch.bool:
-        chosen = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
-        masked = chosen.scatter(1, masked, True)
-    if masked.shape != patches.shape[:2]:
-        raise UserError(f"masked is {tuple(masked.shape)}, the pictures have {tuple(patches.shape[:2])} patches.")
     return torch.where(masked[..., None], mask_token.reshape(1, 1, -1).to(patches.dtype), patches)
+
+
+def hide_pixels(x: Tensor, hidden: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """Pictures (B, C, H, W) with 0, the mean of the data, in the patches that are hidden, bool (B, N)."""
+    places = hidden.unflatten(1, grid).repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)
+    return x.masked_fill(places[:, None, : x.shape[2], : x.shape[3]], 0.0)
+
+
+def convolve_stem(model: Any, name: str) -> list[str]:
+    """Give a ViT a stem of convolutions that overlap; the lines of Python that do the same elsewhere."""
+    rows, columns = model.patch_embed.patch_size
+    layers = rows.bit_length() - 1
+    if rows != columns or rows != 2**layers or layers < 1:
+        raise UserError(
+            f"stem: conv halves the picture with each convolution, and the patches of '{name}' are {rows} x {columns} px. "
+            "Use patches of 2, 4, 8, 16 or 32 px, or stem: linear."
+        )
+    before, width, parts = model.patch_embed.proj.in_channels, model.embed_dim, []
+    for layer in range(layers):
+        after = max(width // 2 ** (layers - layer), 1)
+        parts += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
+        before = after
+    stem = nn.Sequential(*parts, nn.Conv2d(before, width, 1))
+    for part in stem:
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+    model.patch_embed.proj = stem
+    written = ", ".join(f"torch.nn.{part!r}" for part in stem)
+    return [f"model.patch_embed.proj = torch.nn.Sequential({written})"]
 
 
 def visible_rope(rope: Tensor, visible: Tensor) -> Tensor:

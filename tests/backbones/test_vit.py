@@ -150,6 +150,47 @@ def test_pixels_that_are_masked_change_nothing_and_indices_are_the_boolean_form(
     assert not torch.allclose(backbone(x).patches, tokens.patches)
 
 
+STEMMED = ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"]
+
+
+@pytest.mark.parametrize("name", STEMMED)
+def test_a_stem_of_convolutions_changes_what_a_patch_sees_and_nothing_else(name):
+    plain, stemmed = vit(name), vit(name, stem="conv")
+    assert (stemmed.patch_size, stemmed.grid(48, 64), stemmed.embed_dim) == (16, (3, 4), 24)
+    x = pictures(stemmed)
+    assert_close(stemmed(x).pooled(), stemmed.model(x))
+    beyond = x.clone()
+    beyond[:, :, :16, :16] += 1.0  # the first patch
+    moved = [net.embed(x, None, None, None)[1] - net.embed(beyond, None, None, None)[1] for net in (plain, stemmed)]
+    second = [float(change[:, plain.num_prefix + 1].detach().abs().max()) for change in moved]
+    assert second[0] == 0 and second[1] > 1e-4, "convolutions overlap, patches do not"
+    behind = [name for name, depth in stemmed.depths().items() if "patch_embed" in name and depth != 0]
+    assert not behind, "layer decay counts the stem as what stands before the blocks"
+
+
+@pytest.mark.parametrize("name", STEMMED)
+def test_behind_a_stem_of_convolutions_hidden_pixels_change_nothing_either(name):
+    """They would, through neighbours that are seen, if only their own embedding were replaced."""
+    backbone, token = vit(name, stem="conv"), torch.randn(24)
+    x, hidden = pictures(backbone), some_visible(2, 12, 5)
+    boolean = torch.zeros(2, 12, dtype=torch.bool).scatter(1, hidden, True)
+    pixels = boolean.unflatten(1, (3, 4)).repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None]
+    other = torch.where(pixels, torch.full_like(x, float("nan")), x)
+    expected = backbone(x, masked=boolean, mask_token=token).patches
+    assert_close(backbone(other, masked=hidden, mask_token=token).patches, expected, atol=0, rtol=0)
+    shown = (~boolean).nonzero()[:, 1].view(2, 7)
+    assert_close(backbone(other, visible=shown).patches, backbone(x, visible=shown).patches, atol=0, rtol=0)
+
+
+def test_a_stem_of_convolutions_takes_sizes_that_are_padded():
+    backbone, token = vit(stem="conv"), torch.randn(24)
+    hidden = torch.zeros(2, 12, dtype=torch.bool)
+    hidden[:, -1] = True
+    with pytest.warns(UserWarning, match="pads"):
+        tokens = backbone(pictures(backbone)[..., :40, :60], masked=hidden, mask_token=token)
+    assert tokens.grid == (3, 4)
+
+
 def test_the_mask_token_learns_and_masked_places_keep_their_positions():
     backbone, token = vit(), nn.Parameter(torch.randn(1, 24))
     x, everything = pictures(backbone), torch.ones(2, 12, dtype=torch.bool)
@@ -317,8 +358,10 @@ def test_without_its_drops_a_network_in_train_mode_is_the_one_in_eval_mode():
     assert_close(backbone(x).patches, expected)
 
 
-def test_the_state_dict_is_plain_timm_and_a_record_rebuilds_the_network():
-    backbone = ViT("vit_tiny_patch16_224", in_chans=1, img_size=(32, 48), drop_path_rate=0.1, arguments=TINY)
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+def test_the_state_dict_is_the_models_own_and_a_record_rebuilds_the_network(stem):
+    settings = {"in_chans": 1, "img_size": (32, 48), "drop_path_rate": 0.1, "stem": stem, "arguments": TINY}
+    backbone = ViT("vit_tiny_patch16_224", **settings)
     again = build(describe(backbone))
     again.load_state_dict(backbone.state_dict())
     x = torch.randn(1, 1, 32, 48)
@@ -339,6 +382,8 @@ def test_the_state_dict_is_plain_timm_and_a_record_rebuilds_the_network():
         ({"arguments": {"widths": 3}}, "widths"),
         ({"arguments": {"in_chans": 3}}, "takes by name"),
         ({"arguments": {"patch_drop_rate": 0.5}}, "visible"),
+        ({"stem": "resnet"}, "'resnet' is unknown.*linear, conv"),
+        ({"name": "vit_small_patch14_dinov2", "stem": "conv"}, r"14 x 14 px.*linear"),
     ],
 )
 def test_impossible_settings_are_refused_when_built(settings, message):

@@ -62,6 +62,16 @@ def test_a_small_stem_leaves_as_safetensors_with_the_lines_that_rebuild_it(tmp_p
     assert "ssd" not in report.code
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_a_stem_of_convolutions_leaves_as_safetensors_with_the_line_that_rebuilds_it(tmp_path, same_process, name):
+    backbone = tiny_vit(name, img_size=32, stem="conv", arguments={"patch_size": 4})
+    with pytest.raises(UserError, match=r"patch_embed\.proj = .*plain timm cannot load.*safetensors"):
+        export_backbone(backbone, tmp_path / "out", "timm", input_size=32, **THREE)
+    report = export_backbone(backbone, tmp_path / "out", "safetensors", input_size=48, **THREE)
+    assert report.difference <= 1e-5
+    assert "torch.nn.BatchNorm2d(12" in report.code and "ssd" not in report.code
+
+
 @pytest.mark.parametrize("to", ["timm", "safetensors"])
 @pytest.mark.parametrize(
     "backbone",
