@@ -49,6 +49,8 @@ class DINOv2(SelfDistillation):
         head_hidden_dim, head_layers: sizes of the heads' MLPs.
         head_bottleneck_dim: width in which pictures are compared with prototypes, and patches where the head is shared.
         patch_head_bottleneck_dim: that of patches with a head of their own.
+        head_batch_norm: batch normalisation in the heads; much better on small data, where without it all pictures get nearly
+            the same answer for long. Pictures and patches are normalised apart.
         norm_last_layer: holds the prototypes' gains at 1.
         renormalize_prototypes: instead of weight normalisation, brings prototypes back to unit length after each step:
             another path of training, cheaper with many prototypes.
@@ -79,6 +81,7 @@ class DINOv2(SelfDistillation):
         head_bottleneck_dim: int = 256,
         patch_head_bottleneck_dim: int = 256,
         head_layers: int = 3,
+        head_batch_norm: bool = False,
         norm_last_layer: bool = False,
         renormalize_prototypes: bool = False,
         lr: float | Schedule = Cosine(4e-3, 1e-6, warmup=0.1),  # noqa: B008
@@ -118,8 +121,8 @@ class DINOv2(SelfDistillation):
         self.koleo_group = koleo_group
         self.momentum = momentum
 
-        sizes = {"hidden_dim": head_hidden_dim, "num_layers": head_layers, "train_gain": not norm_last_layer}
-        sizes["renormalize"] = renormalize_prototypes
+        sizes = {"hidden_dim": head_hidden_dim, "num_layers": head_layers, "batch_norm": head_batch_norm}
+        sizes |= {"train_gain": not norm_last_layer, "renormalize": renormalize_prototypes}
 
         def head(prototypes: int, bottleneck: int) -> Any:
             return self.make_head(backbone.embed_dim, prototypes, bottleneck_dim=bottleneck, **sizes)

@@ -48,6 +48,8 @@ class DINOv3(SelfDistillation):
         momentum: share of the old teacher that is kept.
         own_local_norm: a final norm of their own for local views while training (the 7B model).
         head_hidden_dim, head_layers: sizes of both heads' MLPs.
+        head_batch_norm: batch normalisation in both heads; much better on small data, where without it all pictures get
+            nearly the same answer for long.
         head_bottleneck_dim, patch_head_bottleneck_dim: widths in which pictures and patches meet prototypes.
         gram_anchor: whose patches' similarities the student keeps: a checkpoint or exported folder, the one with the best
             dense score; "start": the teacher of the checkpoint in `start_from`; "refresh": this run's teacher, first copied
@@ -84,6 +86,7 @@ class DINOv3(SelfDistillation):
         head_bottleneck_dim: int = 256,
         patch_head_bottleneck_dim: int = 256,
         head_layers: int = 3,
+        head_batch_norm: bool = False,
         gram_anchor: str | None = None,
         gram_weight: float | Schedule = 2.0,
         gram_refresh_from: Length = 0.0,
@@ -137,6 +140,7 @@ class DINOv3(SelfDistillation):
                 hidden_dim=head_hidden_dim,
                 bottleneck_dim=bottleneck,
                 num_layers=head_layers,
+                batch_norm=head_batch_norm,
                 weight_norm=False,
             )
 

@@ -49,6 +49,8 @@ class IBOT(SelfDistillation):
         patch_center_over: what the patches' centre is the mean of: "all" patches (published; the teacher's MLP then runs
             over all of them) or "masked" ones (as DINOv2; the head sees no others).
         head_hidden_dim, head_bottleneck_dim, head_layers: sizes of the head's MLP.
+        head_batch_norm: batch normalisation in the head; much better on small data, where without it all pictures get nearly
+            the same answer for long. Pictures and patches are normalised apart.
         norm_last_layer: holds the prototypes' gains at 1; false is better for ViT-S.
         renormalize_prototypes: instead of weight normalisation, brings prototypes back to unit length after each step:
             another path of training, cheaper with many prototypes.
@@ -79,6 +81,7 @@ class IBOT(SelfDistillation):
         head_hidden_dim: int = 2048,
         head_bottleneck_dim: int = 256,
         head_layers: int = 3,
+        head_batch_norm: bool = False,
         norm_last_layer: bool = False,
         renormalize_prototypes: bool = False,
         **engine,
@@ -105,6 +108,7 @@ class IBOT(SelfDistillation):
             hidden_dim=head_hidden_dim,
             bottleneck_dim=head_bottleneck_dim,
             num_layers=head_layers,
+            batch_norm=head_batch_norm,
             **lengths,
         )
         own = None if shared_head else make_prototypes(head_bottleneck_dim, num_prototypes, **lengths)

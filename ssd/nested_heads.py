@@ -60,14 +60,16 @@ class ProjectedHead(nn.Module):
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         num_layers: int = 3,
+        batch_norm: bool = False,
         train_gain: bool = False,
         renormalize: bool = False,
     ):
         super().__init__()
         widths = [width] + [hidden_dim] * (num_layers - 1) + [bottleneck_dim]
         layers: list[nn.Module] = [nn.Linear(in_dim, width)]
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
-            layers += [nn.Linear(width_in, width_out), nn.GELU()]
+        for number, (width_in, width_out) in enumerate(zip(widths, widths[1:], strict=False), 1):
+            normalised = batch_norm and number < num_layers
+            layers += [nn.Linear(width_in, width_out), *([nn.BatchNorm1d(width_out)] if normalised else []), nn.GELU()]
         for layer in layers:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)

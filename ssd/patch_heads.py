@@ -31,7 +31,8 @@ class PatchHead(nn.Module):
     """One prototype head for pictures and patches, which pass its MLP together.
 
     Zhou et al. 2022, section 3.2: class token and patches share the head, so that patches take over the meaning which
-    whole pictures have got.
+    whole pictures have got. Batch normalisation counts pictures and patches apart: pictures differ far less from each other
+    than from patches, and statistics of both together would leave them nearly one.
 
     Args:
         head: the MLP, and the prototypes of pictures.
@@ -42,15 +43,19 @@ class PatchHead(nn.Module):
         super().__init__()
         self.head = head
         self.patch_last_layer = patch_prototypes
+        self.apart = any(isinstance(part, nn.BatchNorm1d) for part in head.modules())
 
     def forward(self, pooled: Tensor, patches: Tensor) -> tuple[Scores, Scores]:
         """(S, B, D) of pictures and (U, D) of patches -> Scores with features (S, B, d), and with features (U, d)."""
-        scores = self.head(torch.cat([pooled.flatten(0, 1), patches]))
-        pictures = len(scores.features) - len(patches)
-        of_patches = scores[pictures:]
+        if self.apart:
+            of_pictures, of_patches = self.head(pooled), self.head(patches)
+        else:
+            scores = self.head(torch.cat([pooled.flatten(0, 1), patches]))
+            pictures = len(scores.features) - len(patches)
+            of_pictures, of_patches = scores[:pictures].unflatten(0, tuple(pooled.shape[:2])), scores[pictures:]
         if self.patch_last_layer is not None:
             of_patches = Scores(of_patches.features, self.patch_last_layer())
-        return scores[:pictures].unflatten(0, tuple(pooled.shape[:2])), of_patches
+        return of_pictures, of_patches
 
 
 class PatchBranch(nn.Module):

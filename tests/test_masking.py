@@ -86,6 +86,14 @@ def test_flat_places_are_the_masked_ones_and_each_masked_crop_weighs_one(recipe,
             assert float(weight.sum()) == pytest.approx(float(crops), abs=1e-4)
 
 
+def test_what_pads_flat_places_is_masked_too():
+    masks = masks_for(IBOT, 2, 12, (14, 14), 0, 0, slices=3)
+    assert (masks.weight == 0).any(), "there is padding"
+    for number in range(3):
+        part = masks.part(number, 3)
+        assert part.boolean.flatten()[part.flat[0]].all()
+
+
 @pytest.mark.parametrize("recipe", [DINOV2, CYCLIC])
 @pytest.mark.parametrize("world, slices", [(1, 1), (2, 2), (1, 8)])
 def test_an_even_recipe_has_one_shape_for_all_steps_and_little_padding(recipe, world, slices):

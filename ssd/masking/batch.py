@@ -85,7 +85,10 @@ def padded_length(most: np.ndarray, per_slice: int) -> int:
 
 
 def packed(boolean: np.ndarray, slices: int, length: int) -> Masks:
-    """Flat places of masked tokens, each slice padded to `length`, with 1 / (masked tokens of the crop) as weight."""
+    """Flat places of masked tokens, each slice padded to `length`, with 1 / (masked tokens of the crop) as weight.
+
+    What pads is the same places again, at weight 0: batch normalisation of a head then sees masked tokens alone.
+    """
     views, batch, tokens = boolean.shape
     flat = np.zeros((slices, length), dtype=np.int64)
     weight = np.zeros((slices, length), dtype=np.float32)
@@ -93,7 +96,8 @@ def packed(boolean: np.ndarray, slices: int, length: int) -> Masks:
     for number in range(slices):
         part = boolean[:, number * per_slice : (number + 1) * per_slice].reshape(views * per_slice, tokens)
         places = np.flatnonzero(part)
-        flat[number, : len(places)] = places
+        if len(places):
+            flat[number] = np.resize(places, length)
         counts = part.sum(1)
         weight[number, : len(places)] = np.repeat(1 / np.maximum(counts, 1), counts)
     return Masks(

@@ -41,6 +41,15 @@ def terms(module: Any, batch: Batch) -> dict[str, Tensor]:
         return module.losses(batch, module.targets(batch))
 
 
+def sameness(module: Any) -> float:
+    """Mean cosine between what the student's head says of different pictures."""
+    batch = drawn(module.train(), 16, 0)
+    with torch.no_grad():
+        places = {"global": batch.masks["global"].flat_in_whole()}
+        features = module.student(batch.views, places=places).pictures.features[0]  # (B, d)
+    return float((features @ features.T)[~torch.eye(len(features), dtype=torch.bool)].mean())
+
+
 def sinkhorn(logits: Tensor, temperature: float) -> Tensor:
     """Three rounds, columns then rows, as the papers write it. (n, K) -> (n, K)"""
     q = torch.exp(logits / temperature - (logits / temperature).max())

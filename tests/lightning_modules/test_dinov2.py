@@ -16,7 +16,7 @@ from ssd.optim import Clip
 from ssd.schedules import Cosine, Linear
 from ssd.views.recipes import DINOViews
 from tests.contract import MethodContract, flat_state, start
-from tests.lightning_modules.masked import drawn, masks_of, random_batch, sinkhorn, terms
+from tests.lightning_modules.masked import drawn, masks_of, random_batch, sameness, sinkhorn, terms
 
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "init_values": 0.1, "reg_tokens": 2}
 HEAD = {"head_hidden_dim": 16, "head_bottleneck_dim": 8, "patch_head_bottleneck_dim": 6}
@@ -352,3 +352,8 @@ def test_groups_that_slices_would_cut_are_refused():
         module.take_step(drawn(module, 8, 0), module.build_optimizers())
     off = begun(koleo_group=4, micro_batches=4, koleo_weight=0.0)
     assert set(off.take_step(drawn(off, 8, 0), off.build_optimizers()).terms) == {"dino", "ibot"}
+
+
+def test_batch_normalisation_in_the_heads_tells_pictures_apart_before_the_first_step():
+    assert sameness(tiny()) > 0.9, "without it all answers are nearly one"
+    assert sameness(tiny(head_batch_norm=True)) < 0.4, "with it they are not, whatever the patches are"

@@ -15,7 +15,7 @@ from ssd.optim import Clip
 from ssd.schedules import Cosine, Linear
 from ssd.views.recipes import DINOViews
 from tests.contract import MethodContract, flat_state, start
-from tests.lightning_modules.masked import drawn, masks_of, random_batch, sinkhorn, terms
+from tests.lightning_modules.masked import drawn, masks_of, random_batch, sameness, sinkhorn, terms
 
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "num_reg_tokens": 2, "init_values": 0.1}
 HEAD = {"head_hidden_dim": 16, "head_bottleneck_dim": 8, "patch_head_bottleneck_dim": 6}
@@ -342,3 +342,8 @@ def test_evaluation_uses_the_common_norm():
 def test_all_of_a_stage_is_state():
     names = flat_state(tiny(gram_anchor="refresh", gram_refresh_every="5 steps"))
     assert any(name.startswith("gram_teacher.network.") for name in names)
+
+
+def test_batch_normalisation_in_the_heads_tells_pictures_apart_before_the_first_step():
+    assert sameness(tiny()) > 0.9, "without it all answers are nearly one"
+    assert sameness(tiny(head_batch_norm=True)) < 0.4, "with it they are not, whatever the patches are"

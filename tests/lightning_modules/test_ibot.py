@@ -19,7 +19,7 @@ from ssd.optim import Clip
 from ssd.schedules import Cosine, Linear
 from ssd.views.recipes import DINOViews
 from tests.contract import MethodContract, flat_state, start
-from tests.lightning_modules.masked import TOKENS, drawn, masks_of, random_batch, terms
+from tests.lightning_modules.masked import TOKENS, drawn, masks_of, random_batch, sameness, terms
 
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
 HEAD = {"head_hidden_dim": 16, "head_bottleneck_dim": 8}
@@ -467,3 +467,8 @@ def test_masking_every_global_view_is_warned_of():
 def test_settings_that_cannot_work_are_refused_when_built(settings, message):
     with pytest.raises(UserError, match=message):
         tiny(**settings)
+
+
+def test_batch_normalisation_in_the_head_tells_pictures_apart_before_the_first_step():
+    assert sameness(tiny()) > 0.9, "without it all answers are nearly one"
+    assert sameness(tiny(head_batch_norm=True)) < 0.4, "with it they are not, whatever the patches are"
