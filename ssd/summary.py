@@ -126,7 +126,8 @@ def fit_summary(
     if finished:
         export = shown(os.path.join(trainer.default_root_dir, "export"))
         facts["read about it with"] = f"ssd report {shown(str(trainer.default_root_dir))}"
-        facts["load it with"] = f"ssd export {shown(best or last)} --to timm --out {export}"
+        to = "safetensors" if module.evaluated_backbone.describe_timm()["edits"] else "timm"
+        facts["load it with"] = f"ssd export {shown(best or last)} --to {to} --out {export}"
     elif last:
         facts["go on with"] = f"ssd fit --ckpt_path {shown(last)}"
     print_facts(out, facts)

@@ -292,18 +292,21 @@ def convolve_stem(model: Any, name: str) -> list[str]:
             f"stem: conv halves the picture with each convolution, and the patches of '{name}' are {rows} x {columns} px. "
             "Use patches of 2, 4, 8, 16 or 32 px, or stem: linear."
         )
-    before, width, parts = model.patch_embed.proj.in_channels, model.embed_dim, []
+    before, width = model.patch_embed.proj.in_channels, model.embed_dim
+    parts: list[nn.Module] = []
+    written: list[str] = []
     for layer in range(layers):
         after = max(width // 2 ** (layers - layer), 1)
         parts += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
+        written += [f"torch.nn.Conv2d({before}, {after}, 3, stride=2, padding=1, bias=False)"]
+        written += [f"torch.nn.BatchNorm2d({after})", "torch.nn.GELU()"]
         before = after
-    stem = nn.Sequential(*parts, nn.Conv2d(before, width, 1))
-    for part in stem:
+    model.patch_embed.proj = nn.Sequential(*parts, nn.Conv2d(before, width, 1))
+    written += [f"torch.nn.Conv2d({before}, {width}, 1)"]
+    for part in model.patch_embed.proj:
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
-    model.patch_embed.proj = stem
-    written = ", ".join(f"torch.nn.{part!r}" for part in stem)
-    return [f"model.patch_embed.proj = torch.nn.Sequential({written})"]
+    return [f"model.patch_embed.proj = torch.nn.Sequential({', '.join(written)})"]
 
 
 def visible_rope(rope: Tensor, visible: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ def test_a_run_of_ibot_ends_with_numbers_that_its_checkpoint_gives_again(tmp_pat
     said = typed("fit", "--config", "method/ibot_small", *TINY, *chosen, "--trainer.default_root_dir", "run")
     assert said.status == 0, said.err
     assert "6 of 6, 0 skipped" in said.out
+    assert "--to safetensors" in said.out, "plain timm has no stem of convolutions"
 
     with open(next(tmp_path.glob("run/csv/*/metrics.csv"))) as file:
         rows = [row for row in csv.DictReader(file) if row.get("train/loss/ibot")]

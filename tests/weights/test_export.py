@@ -69,7 +69,7 @@ def test_a_stem_of_convolutions_leaves_as_safetensors_with_the_line_that_rebuild
         export_backbone(backbone, tmp_path / "out", "timm", input_size=32, **THREE)
     report = export_backbone(backbone, tmp_path / "out", "safetensors", input_size=48, **THREE)
     assert report.difference <= 1e-5
-    assert "torch.nn.BatchNorm2d(12" in report.code and "ssd" not in report.code
+    assert "torch.nn.BatchNorm2d(12)" in report.code and "ssd" not in report.code
 
 
 @pytest.mark.parametrize("to", ["timm", "safetensors"])
