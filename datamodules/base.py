@@ -1,5 +1,6 @@
 """What all data share: division into training and held out, loaders, broken samples."""
 
+import copy
 import multiprocessing
 import os
 from abc import ABC, abstractmethod
@@ -321,8 +322,9 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
         The same at any time of a run and after it, so that what is measured on them can be compared. All ranks have as
         many; what does not divide into ranks and slices is left out.
         """
-        dataset = self._prepared()
-        dataset.draws = self.draws
+        # of all samples, whatever the run draws of them: in place of a broken one stands the next of these
+        dataset = copy.copy(self._prepared())
+        dataset.draws = Draws(len(dataset))
         rank, world = self._place()
         slices = 1 if self.trainer is None else getattr(self.trainer.lightning_module, "micro_batches", 1)
         each = min(samples, len(dataset)) // (world * slices) * slices

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from ssd.cli import run_lightning
 from ssd.errors import UserError
 from ssd.evaluation.suite import report_table
-from ssd.summary import console, write_json
+from ssd.summary import check_json, console, write_json
 from ssd.verbs.arguments import Parser
 from ssd.verbs.export import export_checkpoint
 from ssd.verbs.loading import load_data, load_module
@@ -35,7 +35,9 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--out", default="runs/quickstart", help="folder of the run, replaced if it is there")
     parser.add_argument("--config", default="quickstart", help="config of the run")
     parser.add_argument("--draws", type=int, default=20, help="draws of the labelled set")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too; they are in OUT/summary.json")
     arguments = parser.parse_args(argv)
+    check_json(arguments.json)
     out = Path(arguments.out)
     if out.exists() and not (out / "config.yaml").exists():
         raise UserError(f"--out {out} exists and is not the folder of an earlier run. Give another folder.")
@@ -69,23 +71,22 @@ def run(argv: list[str]) -> int:
     curve = draw_curve(out)
     of_fit = json.loads((out / "summary.json").read_text())
     images = module.step * data.batch_size
-    write_json(
-        out / "summary.json",
-        {
-            **{row: {column: numbers[column].value for column in COLUMNS} for row, numbers in report.items()},
-            "spread": {
-                row: {column: numbers[column].spread for column in ("linear_1pct", "linear_10pct")}
-                for row, numbers in report.items()
-            },
-            "protocols": {column: report["pretrained"][column].protocol for column in COLUMNS},
-            "seconds": round(seconds, 1),
-            "images_per_second": round(images / seconds, 1),
-            "seed": arguments.seed,
-            "export": export.folder,
-            "curve": str(curve),
-            "findings": of_fit["findings"],
+    summary = {
+        **{row: {column: numbers[column].value for column in COLUMNS} for row, numbers in report.items()},
+        "spread": {
+            row: {column: numbers[column].spread for column in ("linear_1pct", "linear_10pct")}
+            for row, numbers in report.items()
         },
-    )
+        "protocols": {column: report["pretrained"][column].protocol for column in COLUMNS},
+        "seconds": round(seconds, 1),
+        "images_per_second": round(images / seconds, 1),
+        "seed": arguments.seed,
+        "export": export.folder,
+        "curve": str(curve),
+        "findings": of_fit["findings"],
+    }
+    write_json(out / "summary.json", summary)
+    write_json(arguments.json, summary)
     columns = ("linear_1pct", "linear_10pct", "linear", "knn")
     table = {row: {column: numbers[column] for column in columns} for row, numbers in report.items()}
     out_console = console()
