@@ -59,7 +59,7 @@ def cost_of(
         checkpoints=max(every_steps + every_epochs, 1) + evaluations,
         checkpoint_s=measured.checkpoint_s,
         gib=None if measured.needed_gib is None else measured.needed_gib + buckets,
-        disk_gib=2 * measured.checkpoint_bytes / 2**30,
+        disk_gib=(2 + len(checkpoints.also)) * measured.checkpoint_bytes / 2**30,
     )
 
 

@@ -406,7 +406,7 @@ def priced(facts: Facts, measured: Measured, cost: Cost, accelerator: str) -> di
             f"{cost.gib:.2f} GiB, {measured.imports_gib:.2f} of them for Python and libraries; "
             f"{device_gib(accelerator):.1f} GiB are free. Loader processes are not counted"
         )
-    lines["disk"] = f"{1024 * cost.disk_gib:,.0f} MiB for last.ckpt and best.ckpt"
+    lines["disk"] = f"{1024 * cost.disk_gib:,.0f} MiB for checkpoints, the last and the best ones"
     if facts.processes > 1:
         lines["processes"] = f"measured on one of {facts.processes}; what they tell each other takes more time"
     return lines
