@@ -19,7 +19,7 @@ from ssd.batch import Batch, Targets
 from ssd.decoders import MaskedDecoder
 from ssd.errors import UserError
 from ssd.losses.regression import smooth_error
-from ssd.masked_branch import MaskedBranch, has_cls, visible_places
+from ssd.masked_branch import MaskedBranch, has_cls, require_exact, visible_places
 from ssd.masking.recipes import Masking, RandomMasks
 from ssd.normalisers import standardised
 from ssd.optim import AdamW, Clip, OptimizerRule
@@ -134,8 +134,7 @@ class DBOT(SelfDistillation):
     def _check(
         masks: Masking, stages: Sequence[float], teacher: Backbone | None, depth: int | None, first: Backbone
     ) -> None:
-        if not masks.exact:
-            raise UserError(f"masks: {type(masks).__name__} hides another number in each sample. Use RandomMasks.")
+        require_exact(masks)
         if not stages or min(stages) <= 0:
             raise UserError(
                 f"stages: {list(stages)} are no lengths. Give one number above 0 for each stage, as [1, 1]."

@@ -5,7 +5,6 @@ Departs from the published code: the teacher stops behind its tapped block and h
 patches stay visible is said as a number (10 and 4), where shares of 95 and 98 % left 9 and 3.
 """
 
-import torch
 from torch import Tensor
 
 from lightning_modules.base import SelfDistillation
@@ -14,9 +13,9 @@ from ssd.batch import Batch, Targets
 from ssd.decoders import MaskedDecoder, Projector
 from ssd.errors import UserError
 from ssd.losses.regression import absolute_error, squared_error
-from ssd.masked_branch import MaskedBranch, has_cls, visible_places
+from ssd.masked_branch import MaskedBranch, has_cls, mean_over_hidden, pixel_targets, require_exact, visible_places
 from ssd.masking.recipes import Masking, RandomMasks
-from ssd.normalisers import patchified, standardised, unit_length
+from ssd.normalisers import unit_length
 from ssd.optim import AdamW, Clip, OptimizerRule
 from ssd.schedules import Cosine, Schedule
 from ssd.teachers import Frozen
@@ -104,30 +103,27 @@ class DMAE(SelfDistillation):
         pictures, visible = batch.views["global"], visible_places(batch.masks["global"])
         last = self.teacher_block
         tokens = self.teacher(pictures.flatten(0, 1), visible=visible.flatten(0, 1), taps=(last,), until=last)
-        pixels = patchified(pictures.flatten(0, 1).float(), self.patch)
-        pixels = standardised(pixels) if self.normalize_pixels else pixels
-        views = pictures.shape[:2]
         return Targets(
-            features=unit_length(tokens.taps[f"block{last}"]).unflatten(0, views),  # (V, B, 1 + n, Dt)
-            pixels=pixels.unflatten(0, views),  # (V, B, N, p p C)
+            features=unit_length(tokens.taps[f"block{last}"]).unflatten(0, pictures.shape[:2]),  # (V, B, 1 + n, Dt)
+            pixels=pixel_targets(pictures, self.patch, self.normalize_pixels),  # (V, B, N, p p C)
         )
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         masks = batch.masks["global"]
         decoded = self.student(batch.views["global"], visible_places(masks))
-        samples = len(masks.boolean) * batch.total
         features = unit_length(decoded.projected[f"block{self.student_block}"])
         apart = DISTANCES[self.distance](features, targets.features)  # (V, B, 1 + n)
-        error = torch.where(masks.boolean, squared_error(decoded.patches, targets.pixels), 0)  # (V, B, N)
-        hidden = masks.boolean.sum(-1)[0, 0]  # the same in all
-        return {"pixel": error.sum() / (samples * hidden), "feature": apart.mean(-1).sum() / samples}
+        error = squared_error(decoded.patches, targets.pixels)  # (V, B, N)
+        return {
+            "pixel": mean_over_hidden(error, masks, batch.total),
+            "feature": apart.mean(-1).sum() / (len(masks.boolean) * batch.total),
+        }
 
     def update(self, targets: Targets) -> None:
         """Nothing: the teacher is frozen."""
 
     def _check(self, backbone: Backbone, teacher: Backbone, masks: Masking, distance: str) -> None:
-        if not masks.exact:
-            raise UserError(f"masks: {type(masks).__name__} hides another number in each sample. Use RandomMasks.")
+        require_exact(masks)
         if not isinstance(backbone.patch_size, int) or backbone.patch_size != teacher.patch_size:
             raise UserError(
                 f"patches of the student are {backbone.patch_size} px and the teacher's {teacher.patch_size}: both see the "

@@ -8,7 +8,6 @@ Departs from the published code: nothing.
 import copy
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_modules.base import SelfDistillation
@@ -17,9 +16,17 @@ from ssd.batch import Batch, Targets
 from ssd.decoders import MaskedDecoder
 from ssd.errors import UserError
 from ssd.losses.regression import squared_error
-from ssd.masked_branch import Decoded, MaskedBranch, has_cls, visible_places
+from ssd.masked_branch import (
+    Decoded,
+    MaskedBranch,
+    has_cls,
+    mean_over_hidden,
+    pixel_targets,
+    require_exact,
+    square_patch,
+    visible_places,
+)
 from ssd.masking.recipes import Masking, RandomMasks
-from ssd.normalisers import patchified, standardised
 from ssd.optim import AdamW, Clip, OptimizerRule
 from ssd.parallel import load_whole
 from ssd.schedules import Linear, Schedule
@@ -91,18 +98,15 @@ class FurtherPretraining(SelfDistillation):
             **engine,
         )
         backbone.require("visible", by="further pretraining")
-        if not masks.exact:
-            raise UserError(f"masks: {type(masks).__name__} hides another number in each sample. Use RandomMasks.")
+        require_exact(masks)
         if len(stages) not in (1, 2) or min(stages) <= 0:
             raise UserError(f"stages: {list(stages)} cannot be. Give one length above 0, or two with distillation.")
-        if not isinstance(backbone.patch_size, int):
-            raise UserError(f"patches of {backbone.patch_size} px are not square, which pixels are cut into.")
         self.masking = {"global": masks}
         self.pretrained = pretrained
         self.stages = tuple(stages)
         self.distillation_weight = distillation_weight
         self.normalize_pixels = normalize_pixels
-        self.patch = backbone.patch_size
+        self.patch = square_patch(backbone)
 
         decoder = MaskedDecoder(
             backbone.embed_dim,
@@ -118,11 +122,9 @@ class FurtherPretraining(SelfDistillation):
 
     def targets(self, batch: Batch) -> Targets:
         pictures = batch.views["global"]
-        pixels = patchified(pictures.flatten(0, 1).float(), self.patch)
-        pixels = standardised(pixels) if self.normalize_pixels else pixels
         features = self.teacher(pictures.flatten(0, 1)).pooled() if self.stage == DISTILLED else None
         return Targets(
-            pixels=pixels.unflatten(0, pictures.shape[:2]),  # (V, B, N, p p C)
+            pixels=pixel_targets(pictures, self.patch, self.normalize_pixels),  # (V, B, N, p p C)
             **({} if features is None else {"features": features.unflatten(0, pictures.shape[:2])}),  # (V, B, D)
         )
 
@@ -130,8 +132,8 @@ class FurtherPretraining(SelfDistillation):
         masks, distilled = batch.masks["global"], self.stage == DISTILLED
         decoded, pooled = self.student(batch.views["global"], visible_places(masks), whole=distilled)
         samples = len(masks.boolean) * batch.total
-        error = torch.where(masks.boolean, squared_error(decoded.patches, targets.pixels), 0)  # (V, B, N)
-        terms = {"pixels": error.sum() / (samples * masks.boolean.sum(-1)[0, 0])}
+        error = squared_error(decoded.patches, targets.pixels)  # (V, B, N)
+        terms = {"pixels": mean_over_hidden(error, masks, batch.total)}
         if distilled:
             terms["distillation"] = (pooled.float() - targets.features.float()).square().sum() / samples
         return terms

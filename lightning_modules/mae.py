@@ -5,7 +5,6 @@ He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 
 Departs from the published code: nothing.
 """
 
-import torch
 from torch import Tensor
 
 from lightning_modules.base import SelfDistillation
@@ -14,9 +13,16 @@ from ssd.batch import Batch, Targets
 from ssd.decoders import MaskedDecoder
 from ssd.errors import UserError
 from ssd.losses.regression import squared_error
-from ssd.masked_branch import MaskedBranch, has_cls, visible_places
+from ssd.masked_branch import (
+    MaskedBranch,
+    has_cls,
+    mean_over_hidden,
+    pixel_targets,
+    require_exact,
+    square_patch,
+    visible_places,
+)
 from ssd.masking.recipes import Masking, RandomMasks
-from ssd.normalisers import patchified, standardised
 from ssd.optim import AdamW, Clip, OptimizerRule
 from ssd.schedules import Cosine, Schedule
 from ssd.teachers import NoTeacher
@@ -67,13 +73,10 @@ class MAE(SelfDistillation):
         backbone.require("visible", by="MAE")
         if "global" not in self.views.kinds():
             raise UserError("views: this recipe has no 'global' view to hide a part of. Use the recipe 'crop'.")
-        if not masks.exact:
-            raise UserError(f"masks: {type(masks).__name__} hides another number in each sample. Use RandomMasks.")
-        if not isinstance(backbone.patch_size, int):
-            raise UserError(f"patches of {backbone.patch_size} px are not square, which pixels are cut into.")
+        require_exact(masks)
         self.masking = {"global": masks}
         self.normalize_pixels = normalize_pixels
-        self.patch = backbone.patch_size
+        self.patch = square_patch(backbone)
 
         decoder = MaskedDecoder(
             backbone.embed_dim,
@@ -87,17 +90,15 @@ class MAE(SelfDistillation):
         self.teacher = NoTeacher()
 
     def targets(self, batch: Batch) -> Targets:
-        pictures = batch.views["global"]
-        pixels = patchified(pictures.flatten(0, 1).float(), self.patch)
-        pixels = standardised(pixels) if self.normalize_pixels else pixels
-        return Targets(pixels=pixels.unflatten(0, pictures.shape[:2]))  # (V, B, N, p p C)
+        return Targets(
+            pixels=pixel_targets(batch.views["global"], self.patch, self.normalize_pixels)
+        )  # (V, B, N, p p C)
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         masks = batch.masks["global"]
         decoded = self.student(batch.views["global"], visible_places(masks))
         error = squared_error(decoded.patches, targets.pixels)  # (V, B, N)
-        hidden = masks.boolean.sum(-1)[0, 0]  # the same in all
-        return {"pixels": torch.where(masks.boolean, error, 0).sum() / (len(masks.boolean) * hidden * batch.total)}
+        return {"pixels": mean_over_hidden(error, masks, batch.total)}
 
     def update(self, targets: Targets) -> None:
         """Nothing: there is no teacher."""

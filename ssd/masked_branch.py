@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from ssd.backbones.base import Backbone
 from ssd.batch import Masks, Tokens
 from ssd.decoders import ConvDecoder, MaskedDecoder
 from ssd.errors import UserError
+from ssd.masking.recipes import Masking
+from ssd.normalisers import patchified, standardised
 
 
 @dataclass
@@ -85,3 +88,28 @@ def visible_places(masks: Masks) -> Tensor:
 def has_cls(backbone: Backbone) -> bool:
     """Whether the backbone answers a class token."""
     return getattr(backbone.model, "cls_token", None) is not None
+
+
+def require_exact(masks: Masking) -> None:
+    """Raises UserError for masks that hide another number in each sample."""
+    if not masks.exact:
+        raise UserError(f"masks: {type(masks).__name__} hides another number in each sample. Use RandomMasks.")
+
+
+def square_patch(backbone: Backbone) -> int:
+    """Side of the patches, px. Raises UserError where they are not square."""
+    if not isinstance(backbone.patch_size, int):
+        raise UserError(f"patches of {backbone.patch_size} px are not square, which pixels are cut into.")
+    return backbone.patch_size
+
+
+def pixel_targets(pictures: Tensor, patch: int, normalize: bool) -> Tensor:
+    """Pixels of each patch, each patch at mean 0 and variance 1 with `normalize`. (V, B, C, H, W) -> (V, B, N, p p C)"""
+    pixels = patchified(pictures.flatten(0, 1).float(), patch)
+    return (standardised(pixels) if normalize else pixels).unflatten(0, pictures.shape[:2])
+
+
+def mean_over_hidden(error: Tensor, masks: Masks, total: int) -> Tensor:
+    """Of (M, B, N) the sum over hidden places, divided by their number in the whole step of `total` samples."""
+    hidden = masks.boolean.sum(-1)[0, 0]  # the same in all
+    return torch.where(masks.boolean, error, 0).sum() / (len(masks.boolean) * hidden * total)

@@ -1,10 +1,7 @@
 """Distances of predicted from target features, one value a token. Sums and means over tokens are the method's."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from ssd.distributed import sum_over_ranks
 
 
 def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
@@ -28,13 +25,3 @@ def smooth_error(predicted: Tensor, target: Tensor, beta: float = 2.0) -> Tensor
 def cosine_distance(predicted: Tensor, target: Tensor) -> Tensor:
     """1 - cosine, in [0, 2]: (..., D), (..., D) -> (...)."""
     return 1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1)
-
-
-def mean_over_step(values: Tensor, weight: Tensor, count: float | Tensor) -> Tensor:
-    """sum(values * weight) / count, where `count` is what the weights of the whole step sum to."""
-    return (values * weight).sum() / count
-
-
-def count_over_step(weight: Tensor) -> Tensor:
-    """What weights of this rank's whole batch sum to over all ranks, at least 1: what `mean_over_step` divides by."""
-    return sum_over_ranks(weight.sum(dtype=torch.float32)).clamp_min(1)
