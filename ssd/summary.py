@@ -14,6 +14,7 @@ from ssd.distributed import gather_objects, rank
 from ssd.errors import UserError
 from ssd.evaluation.protocol import Number
 from ssd.evaluation.suite import table
+from ssd.weights.export import format_of
 
 PLAIN_WIDTH = 120
 WAITING_TOO_LONG = 0.25  # of a run's time
@@ -126,7 +127,7 @@ def fit_summary(
     if finished:
         export = shown(os.path.join(trainer.default_root_dir, "export"))
         facts["read about it with"] = f"ssd report {shown(str(trainer.default_root_dir))}"
-        to = "safetensors" if module.evaluated_backbone.describe_timm()["edits"] else "timm"
+        to = format_of(module.evaluated_backbone.describe_timm())
         facts["load it with"] = f"ssd export {shown(best or last)} --to {to} --out {export}"
     elif last:
         facts["go on with"] = f"ssd fit --ckpt_path {shown(last)}"

@@ -17,8 +17,10 @@ from ssd.weights.export import (
     TOLERANCE,
     ExportReport,
     answers_elsewhere,
+    card_text,
     check_request,
     compare,
+    format_of,
     safetensors_lines,
     timm_config,
     timm_lines,
@@ -48,7 +50,7 @@ def export_classifier(
     about = backbone.describe_timm()
     num_classes = network.head.out_features
     about = about | {"kwargs": about["kwargs"] | {"num_classes": num_classes}}
-    to = "safetensors" if about["edits"] else "timm"
+    to = format_of(about)
     check_request(backbone, about, out, to, mean, std)
     out.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "export.json"):
@@ -79,7 +81,9 @@ def export_classifier(
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     facts = dict(card) | ({} if classes is None else {"classes": list(classes)})
     (out / "export.json").write_text(json.dumps(asdict(report) | versions | facts, indent=2) + "\n")
-    (out / "README.md").write_text(model_card(about["name"], report, num_classes, facts))
+    rows = {"architecture": f"{about['name']} of timm", "classes": num_classes, **facts}
+    what = f"A classifier of {num_classes} classes, fine-tuned on labels. `model(x)` gives logits."
+    (out / "README.md").write_text(card_text("image-classification", about["name"], what, report, rows))
     return report
 
 
@@ -95,31 +99,3 @@ def with_classifier(network: Classifier) -> Any:
         )
     layer.load_state_dict(network.head.state_dict())
     return model
-
-
-def model_card(name: str, report: ExportReport, num_classes: int, facts: Mapping[str, Any]) -> str:
-    rows = {"architecture": f"{name} of timm", "classes": num_classes, **facts}
-    cells = {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in rows.items()}
-    return "\n".join(
-        [
-            "---",
-            "library_name: timm",
-            "tags: [image-classification, timm, self-supervised]",
-            "---",
-            f"# {name}",
-            "",
-            f"A classifier of {num_classes} classes, fine-tuned on labels. `model(x)` gives logits.",
-            "",
-            "```python",
-            report.code,
-            "```",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {key} | {' '.join(text.split()).replace('|', chr(92) + '|')} |" for key, text in cells.items()),
-            "",
-            "These lines were run in a fresh process and compared with the network that was written: the largest",
-            f"difference of its logits on a fixed random input is {report.difference:.2g} (`export.json`).",
-            "",
-        ]
-    )

@@ -216,10 +216,6 @@ def model_card(
     size: int,
     card: Mapping[str, Any],
 ) -> str:
-    def row(name: str, value: Any) -> str:
-        text = value if isinstance(value, str) else json.dumps(value, default=str)
-        return f"| {name} | {' '.join(text.split()).replace('|', chr(92) + '|')} |"
-
     facts = {
         "architecture": f"{about['name']} of timm",
         "arguments": about["kwargs"],
@@ -228,16 +224,29 @@ def model_card(
         "std": list(std),
         **card,
     }
+    what = (
+        "A backbone pretrained without labels by self-supervised distillation. It answers features, and has no\n"
+        "classifier; `model(x)` is the pooled vector, `model.forward_features(x)` what it is pooled from."
+    )
+    return card_text("image-feature-extraction", about["name"], what, report, facts)
+
+
+def card_text(task: str, name: str, what: str, report: ExportReport, facts: Mapping[str, Any]) -> str:
+    """A README of an exported folder: what it is, the lines that load it, its facts, and how the lines were proved."""
+
+    def row(name: str, value: Any) -> str:
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        return f"| {name} | {' '.join(text.split()).replace('|', chr(92) + '|')} |"
+
     return "\n".join(
         [
             "---",
             "library_name: timm",
-            "tags: [image-feature-extraction, timm, self-supervised]",
+            f"tags: [{task}, timm, self-supervised]",
             "---",
-            f"# {about['name']}",
+            f"# {name}",
             "",
-            "A backbone pretrained without labels by self-supervised distillation. It answers features, and has no",
-            "classifier; `model(x)` is the pooled vector, `model.forward_features(x)` what it is pooled from.",
+            what,
             "",
             "```python",
             report.code,
@@ -252,3 +261,8 @@ def model_card(
             "",
         ]
     )
+
+
+def format_of(about: Mapping[str, Any]) -> str:
+    """The format for what `describe_timm` says of a backbone: "timm" where timm's own arguments build it."""
+    return "safetensors" if about["edits"] else "timm"

@@ -233,3 +233,10 @@ def test_a_mistake_in_a_script_would_be_seen(tmp_path):
     """That the browser's console is read where the tests above look for it."""
     _, console = in_browser("<script>undefined_function();</script>", tmp_path)
     assert "undefined_function" in console
+
+
+def test_a_network_that_timm_cannot_build_is_exported_in_the_other_format(whole):
+    assert "--to timm" in Parts(page([whole])).text
+    whole.facts["backbone"] = {"name": "resnet18", "export": "safetensors"}
+    said = Parts(page([whole])).text
+    assert "--to safetensors" in said and "--to timm" not in said
