@@ -111,6 +111,10 @@ class UnitPrototypes(nn.Module):
             weight[rows] /= torch.linalg.vector_norm(weight[rows], dim=1, keepdim=True).clamp_min(1e-12)
 
 
+PROTOTYPES = (Prototypes, PlainPrototypes, UnitPrototypes)
+"""Every form that prototypes have in a head."""
+
+
 def restore_lengths(network: nn.Module) -> None:
     """Brings the prototypes of a network that are kept at unit length back to it."""
     for part in network.modules():

@@ -11,7 +11,7 @@ from torch import nn
 from ssd.backbones.base import Backbone
 from ssd.backbones.vit import ViT
 from ssd.data.broken import UNREADABLE
-from ssd.heads import PlainPrototypes, Prototypes, UnitPrototypes
+from ssd.heads import PROTOTYPES, Prototypes
 from ssd.masking.batch import MaskPlan
 from ssd.optim import parameter_groups, resolve_lr
 from ssd.schedules import Cosine, Linear, Schedule, in_steps, value_at
@@ -288,7 +288,7 @@ def prototypes_of(student: nn.Module) -> dict[str, int]:
     return {
         name: len(part.weight_v if isinstance(part, Prototypes) else part.weight)
         for name, part in student.named_modules()
-        if isinstance(part, Prototypes | PlainPrototypes | UnitPrototypes)
+        if isinstance(part, PROTOTYPES)
     }
 
 

@@ -9,7 +9,7 @@ from ssd.diagnosis.course import phase_of, temperatures_of
 from ssd.diagnosis.findings import Finding
 from ssd.diagnosis.logs import diagnose_logs, diagnose_weights, looks_of, read_logs, skipped_steps
 from ssd.errors import UserError
-from ssd.heads import PlainPrototypes, Prototypes
+from ssd.heads import PROTOTYPES
 from ssd.summary import check_json, console, print_facts, shown, write_json
 from ssd.verbs.arguments import Parser, run_of
 from ssd.verbs.loading import load_module
@@ -76,10 +76,9 @@ def checkpoint_of(path: Path) -> Path:
 
 def prototypes_of(module: Any) -> dict[str, int]:
     """Kind of target -> K, as the teacher's heads have them; patches without prototypes of their own use the pictures'."""
-    network = module.teacher.network
     sizes: dict[str, int] = {}
-    for place, part in network.named_modules():
-        if isinstance(part, Prototypes | PlainPrototypes):
+    for place, part in module.teacher.named_modules():  # none without a teacher
+        if isinstance(part, PROTOTYPES):
             # of several levels the last is the widest, whose targets are logged
             sizes["patch" if "patch" in place else "picture"] = len(next(part.parameters()))
     return {"patch": sizes["picture"], **sizes} if "picture" in sizes else sizes

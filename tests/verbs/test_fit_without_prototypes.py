@@ -1,0 +1,26 @@
+"""Methods without prototypes, and without a teacher, through the commands that look at a run afterwards."""
+
+import json
+
+import pytest
+
+from tests.verbs.conftest import typed
+
+SMALL = [
+    "--data", "Digits", "--data.batch_size", 32, "--model.steps", 4, "--trainer.log_every_n_steps", 1,
+    "--data.evaluation_limit", 64, "--model.views.size", 16, "--model.backbone.arguments.depth", 2,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["mae", "dbot"])
+def test_a_run_is_examined_shown_and_reported_like_any_other(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = typed("fit", "--config", f"method/{method}_small", *SMALL, "--trainer.default_root_dir", "run")
+    assert said.status == 0, said.err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["findings"] == []
+    said = typed("doctor", "run")
+    assert said.status == 0 and said.out.splitlines()[-1] == "nothing found", said
+    said = typed("report", "run")
+    assert said.status == 0 and (tmp_path / "run" / "report.html").is_file()
+    said = typed("look", "run/checkpoints/last.ckpt", "--show", "prototypes", "--out", "p.png")
+    assert said.status == 2 and "no prototypes to show" in said.err
