@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from ssd.errors import UserError
 
@@ -52,15 +50,6 @@ class Identity:
             for name, value in mine.items()
             if other.get(name) != value
         ]
-
-
-def hash_of_weights(network: nn.Module) -> str:
-    """Of all parameters and buffers by their names, wherever the network came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def part_of_samples(shape: Sequence[int], dtype: str) -> int:

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssd.errors import UserError
 from ssd.evaluation.features import Features, embedded, nothing_to_embed
 from ssd.evaluation.outputs import LAST, outputs_of, parts_of
+from ssd.weights.fingerprint import weights_fingerprint
 
 VERSION = 1
 DTYPES = ("float32", "float16")
@@ -49,15 +50,6 @@ class FeatureTable:
         return Features(torch.cat([self.parts[name].float() for name in names], 1), self.labels, self.index)
 
 
-def weights_print(network: nn.Module) -> str:
-    """A hash of all that a network's state holds."""
-    state = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return state.hexdigest()
-
-
 def feature_table(
     backbone: Any,
     loader: Iterable[Mapping[str, Tensor]],
@@ -81,7 +73,7 @@ def feature_table(
     device = torch.device(device)
     key = {
         "version": VERSION,
-        "weights": weights_print(backbone),
+        "weights": weights_fingerprint(backbone.state_dict()),
         "network": backbone.record(),
         "samples": dict(about),
         "last": LAST,

@@ -15,7 +15,6 @@ from ssd.evaluation.embeddings import (
     INDEX,
     Folder,
     Identity,
-    hash_of_weights,
     import_pyarrow,
     parquet_table,
     part_of_samples,
@@ -27,6 +26,7 @@ from ssd.verbs.arguments import Parser, at_least_one, split_data
 from ssd.verbs.extraction import add_extraction, check_device
 from ssd.verbs.loading import check_pictures, load_data
 from ssd.verbs.networks import load_network
+from ssd.weights.fingerprint import weights_fingerprint
 
 
 def run(argv: list[str]) -> int:
@@ -74,7 +74,7 @@ def run(argv: list[str]) -> int:
     source = data.everything
     looks = {name: about.get(name) for name in ("views", "mean", "std", "channels", "value_range")}
     identity = Identity(
-        weights=hash_of_weights(backbone),
+        weights=weights_fingerprint(backbone.state_dict()),
         data=source.fingerprint(),
         looks=hashlib.sha256(json.dumps(looks, sort_keys=True).encode()).hexdigest(),
         samples=len(source),

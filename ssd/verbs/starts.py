@@ -15,6 +15,7 @@ from ssd.errors import UserError
 from ssd.record import build
 from ssd.verbs.networks import adapter, load_network, looks
 from ssd.weights.checkpoint import strict_load
+from ssd.weights.fingerprint import weights_fingerprint
 
 RANDOM = "random"
 NETWORK = (
@@ -50,11 +51,8 @@ class Start:
 
     def fingerprint(self) -> str:
         """Of the network and its weights."""
-        state = hashlib.sha256(json.dumps(self.record, sort_keys=True).encode())
-        for name, value in (self.weights or {}).items():
-            state.update(name.encode())
-            state.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
-        return state.hexdigest()
+        about = json.dumps(self.record, sort_keys=True) + weights_fingerprint(self.weights or {})
+        return hashlib.sha256(about.encode()).hexdigest()
 
     def untrained(self, name: str | None = None) -> "Start":
         """The same network with random weights."""

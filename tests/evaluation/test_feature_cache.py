@@ -8,8 +8,9 @@ import torch
 
 from ssd.backbones.vit import ViT
 from ssd.errors import UserError
-from ssd.evaluation.feature_cache import feature_table, forget_oldest, weights_print
+from ssd.evaluation.feature_cache import feature_table, forget_oldest
 from ssd.evaluation.features import extract
+from ssd.weights.fingerprint import weights_fingerprint
 from tests.evaluation.test_features import batches
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 2}
@@ -69,10 +70,12 @@ def test_whatever_could_change_a_feature_makes_them_anew(vit, loader, tmp_path):
 
 def test_weights_have_the_same_print_in_another_network_and_another_in_another_shape(vit):
     again = ViT("vit_tiny_patch16_224", img_size=4, in_chans=1, arguments=SMALL)
-    assert weights_print(again) != weights_print(vit)
+    assert weights_fingerprint(again.state_dict()) != weights_fingerprint(vit.state_dict())
     again.load_state_dict(vit.state_dict())
-    assert weights_print(again) == weights_print(vit)
-    assert weights_print(torch.nn.Linear(2, 3)) != weights_print(torch.nn.Linear(3, 2))
+    assert weights_fingerprint(again.state_dict()) == weights_fingerprint(vit.state_dict())
+    assert weights_fingerprint(torch.nn.Linear(2, 3).state_dict()) != weights_fingerprint(
+        torch.nn.Linear(3, 2).state_dict()
+    )
 
 
 @pytest.mark.parametrize(
