@@ -10,7 +10,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ssd.batch import Batch, Tokens
+from ssd.batch import Batch, Tokens, network_input
 from ssd.distributed import gather_objects, is_sharded, rank, world_size
 from ssd.errors import UserError
 from ssd.evaluation.dense import correspondence, has_places
@@ -233,7 +233,7 @@ class SelfDistillation(Step, pl.LightningModule):
             answer["dense"] = correspondence(self.evaluated_backbone, batch["sample"], batch["index"])
         student: Any = self.student
         if dataloader_idx == 0 and student.backbone is not self.evaluated_backbone:
-            answer["student"] = student.backbone(batch["sample"]).pooled().float()
+            answer["student"] = student.backbone(network_input(batch)).pooled().float()
         return answer
 
     test_step = validation_step
@@ -243,7 +243,7 @@ class SelfDistillation(Step, pl.LightningModule):
         return self._embedded(batch)[0]
 
     def _embedded(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tokens]:
-        tokens = self.evaluated_backbone(batch["sample"])
+        tokens = self.evaluated_backbone(network_input(batch))
         found = {"features": tokens.pooled().float(), "labels": batch["label"], "index": batch["index"]}
         return found, tokens
 

@@ -3,7 +3,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,6 +140,33 @@ def rows(tensor: Tensor, number: int, of: int, dim: int) -> Tensor:
     if left:
         raise ValueError(f"{tensor.shape[dim]} rows do not divide into {of} equal slices.")
     return tensor.narrow(dim, number * size, size)
+
+
+@dataclass
+class Padded:
+    """Sounds of several lengths as one tensor, what a backbone for sounds takes where some are shorter than others.
+
+    Args:
+        samples: (B, S)
+        valid: (B, S) True where there is sound; what follows is 0.
+    """
+
+    samples: Tensor
+    valid: Tensor
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, where: Any) -> "Padded":
+        return Padded(self.samples[where], self.valid[where])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Padded":
+        return Padded(*(part.to(device, non_blocking=non_blocking) for part in (self.samples, self.valid)))
+
+
+def network_input(batch: Mapping[str, Tensor]) -> Any:
+    """What of an evaluation batch a backbone takes: its samples (B, ...), sounds with what is padding."""
+    return Padded(batch["sample"], batch["valid"]) if "valid" in batch else batch["sample"]
 
 
 @dataclass

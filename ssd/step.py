@@ -219,10 +219,15 @@ class Step(Recorded, nn.Module):
                 raise UserError(
                     f"masks are for '{kind}' views, and the views have {', '.join(kinds)}. Name one of them."
                 )
-            grid_of, size = self.evaluated_backbone.grid, kinds[kind][0].size
-            others = {views.kinds()[kind][0].size for views in self.views.all_of_a_run()} - {size}
-            grids = tuple((other, grid_of(other, other)) for other in sorted(others))
-            plans[kind] = MaskPlan(recipe, len(kinds[kind]), grid_of(size, size), self.micro_batches, grids)
+            grid_of, lengths = self.evaluated_backbone.grid, kinds[kind][0].lengths
+            if lengths is None:
+                raise UserError(
+                    f"masks are for '{kind}' views, which are whole sounds of any length. Give the views a length "
+                    f"({kind}_length_s)."
+                )
+            others = {views.kinds()[kind][0].lengths for views in self.views.all_of_a_run()} - {lengths}
+            grids = tuple((other[-1], grid_of(*other)) for other in sorted(others))
+            plans[kind] = MaskPlan(recipe, len(kinds[kind]), grid_of(*lengths), self.micro_batches, grids)
         return plans
 
     # ------------------------------------------------------------------ time

@@ -14,7 +14,6 @@ from ssd.distributed import gather_objects, rank
 from ssd.errors import UserError
 from ssd.evaluation.protocol import Number
 from ssd.evaluation.suite import table
-from ssd.weights.export import format_of
 
 PLAIN_WIDTH = 120
 WAITING_TOO_LONG = 0.25  # of a run's time
@@ -127,7 +126,7 @@ def fit_summary(
     if finished:
         export = shown(os.path.join(trainer.default_root_dir, "export"))
         facts["read about it with"] = f"ssd report {shown(str(trainer.default_root_dir))}"
-        to = format_of(module.evaluated_backbone.describe_timm())
+        to = module.evaluated_backbone.exported_as
         facts["load it with"] = f"ssd export {shown(best or last)} --to {to} --out {export}"
     elif last:
         facts["go on with"] = f"ssd fit --ckpt_path {shown(last)}"

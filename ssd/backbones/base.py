@@ -3,7 +3,7 @@
 import difflib
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import timm
 import torch
@@ -53,6 +53,8 @@ class Backbone(Recorded, nn.Module):
     """
 
     can: frozenset[str] = frozenset()
+    of_timm: ClassVar[bool] = True
+    """Whether `model` is timm's own; else what is exported is rebuilt by this library."""
     model: Any
     attention: tuple[Any, ...]
 
@@ -125,9 +127,14 @@ class Backbone(Recorded, nn.Module):
             depths[name] = number if number is not None else self.num_blocks + 1 if behind else 0
         return depths
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of an input of `height` by `width` pixels."""
+    def grid(self, *lengths: int) -> tuple[int, ...]:
+        """Tokens along each axis of an input of these lengths: (height, width) of a picture in px, with the frames before
+        them for a clip, the samples of a sound."""
         raise NotImplementedError
+
+    def example(self, lengths: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Two random inputs of these lengths, as `grid` takes them."""
+        return torch.randn(2, self.in_chans, *lengths, generator=generator)
 
     def attention_map(self, x: Tensor) -> Attention:
         """Where each head of the last block looks in pictures (B, C, H, W). Raises UserError where there is no such thing."""
@@ -140,6 +147,11 @@ class Backbone(Recorded, nn.Module):
         """`name` and `kwargs` with which `timm.create_model` builds this model without its training-only
         settings, and `edits`, the lines of Python that then change `model` where timm has no setting."""
         raise NotImplementedError
+
+    @property
+    def exported_as(self) -> str:
+        """The format of `ssd export` that is nearest to what others load: "timm" where timm's own arguments build it."""
+        return "timm" if self.of_timm and not self.describe_timm()["edits"] else "safetensors"
 
     def require(self, *abilities: str, by: str) -> None:
         """Raise UserError unless the backbone has the abilities that the method named `by` needs."""

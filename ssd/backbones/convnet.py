@@ -87,7 +87,8 @@ class ConvNet(Backbone):
     def blocks(self) -> Sequence[nn.Module]:
         return self.stages
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
+    def grid(self, *lengths: int) -> tuple[int, ...]:
+        height, width = lengths
         if height % self.patch_size == 0 and width % self.patch_size == 0:
             return height // self.patch_size, width // self.patch_size
         # networks round each in their own way: a copy without memory answers

@@ -134,9 +134,8 @@ class ViT(Backbone):
         """Tokens before the patches in a tap: the class token, then the registers."""
         return self.model.num_prefix_tokens
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        rows, columns = self.patch
-        return -(-height // rows), -(-width // columns)
+    def grid(self, *lengths: int) -> tuple[int, ...]:
+        return tuple(-(-length // side) for length, side in zip(lengths, self.patch, strict=True))
 
     def describe_timm(self) -> dict[str, Any]:
         return {"name": self.name, "kwargs": dict(self.kwargs), "edits": list(self.edits)}
@@ -214,8 +213,9 @@ class ViT(Backbone):
             self.padding_said = True
             say_padding(self.name, (height, width), self.patch)
 
-        grid = self.grid(height, width)
-        all_patches = (len(x), grid[0] * grid[1])
+        rows, columns = self.grid(height, width)
+        grid = (rows, columns)
+        all_patches = (len(x), rows * columns)
         masked = None if masked is None else as_boolean(masked, all_patches)  # (B, N)
         if self.edits and masked is not None:
             x = hide_pixels(x, masked, grid, self.patch)

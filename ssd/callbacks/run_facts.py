@@ -18,7 +18,6 @@ from ssd.callbacks.online import OnlineEvaluation
 from ssd.facts import read_facts, write_facts
 from ssd.resume import code_version
 from ssd.summary import number_rows
-from ssd.weights.export import format_of
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "numpy")
 
@@ -81,7 +80,7 @@ def network(module: Any) -> dict[str, Any]:
     return {
         "class": type(backbone).__name__,
         "name": backbone.name,
-        "export": format_of(backbone.describe_timm()),
+        "export": backbone.exported_as,
         "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
     }
 

@@ -65,10 +65,7 @@ class TrainingSounds(Dataset[SoundSamples]):
         seen, views = readable(
             lambda candidate: self._views(candidate, longest, key), self.broken, self.draws, self.seed, *drawn
         )
-        lengths = {
-            kind: self.views.samples(members[0].length_s) or longest or 0
-            for kind, members in self.views.kinds().items()
-        }
+        lengths = {kind: members[0].samples or longest or 0 for kind, members in self.views.kinds().items()}
         return SoundSample(views, lengths, seen, self.source.label(seen))
 
     def _views(self, candidate: int, longest: int | None, key: tuple[int, ...]) -> dict[str, list[np.ndarray]]:
@@ -155,17 +152,12 @@ class EvaluationSounds(Dataset[dict[str, Any] | None]):
         try:
             with Sound(self.source.open(index)) as sound:  # type: ignore[arg-type]
                 length = resampled_length(sound.length, sound.rate_hz, views.rate_hz)
-                samples = sound.read_at(views.rate_hz, *middle(length, evaluation_samples(views)))
+                samples = sound.read_at(views.rate_hz, *middle(length, views.evaluation_samples))
         except UNREADABLE as error:
             self.broken.add(index, error)
             return None
         look = normalised(samples) if views.normalize else samples
         return {"sample": look, "label": self.source.label(index), "index": index}
-
-
-def evaluation_samples(views: SoundViews) -> int | None:
-    """Length of the evaluation look, samples; None for whole sounds."""
-    return views.samples(views.evaluation_length_s or views.global_length_s)
 
 
 @dataclass(frozen=True)
@@ -176,7 +168,7 @@ class CollateEvaluationSounds:
 
     def __call__(self, samples: list[dict[str, Any] | None]) -> dict[str, Tensor]:
         whole = [s for s in samples if s is not None]
-        size = evaluation_samples(self.views) or max((len(s["sample"]) for s in whole), default=0)
+        size = self.views.evaluation_samples or max((len(s["sample"]) for s in whole), default=0)
         sounds, valid = padded([s["sample"] for s in whole], size)
         return {
             "sample": sounds,

@@ -7,6 +7,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from ssd.batch import network_input
 from ssd.distributed import gather_objects, gather_rows
 from ssd.errors import UserError
 
@@ -66,7 +67,7 @@ def embedded(
     try:
         for batch in track(loader, progress or "", disable=progress is None):
             with torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
-                answer = embed(batch["sample"].to(device, non_blocking=True))
+                answer = embed(network_input(batch).to(device, non_blocking=True))
             yield answer, batch
     finally:
         for part, mode in modes:

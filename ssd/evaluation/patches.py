@@ -14,7 +14,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from ssd.batch import Tokens
+from ssd.batch import Tokens, network_input
 from ssd.errors import UserError
 from ssd.evaluation.features import AUTOCAST
 
@@ -59,7 +59,7 @@ def extract_patches(
             for batch in track(loader, progress or "", disable=progress is None):
                 if not len(batch["index"]):
                     continue  # every picture of the batch is broken
-                tokens = embed(batch["sample"].to(device, non_blocking=True))
+                tokens = embed(network_input(batch).to(device, non_blocking=True))
                 if tokens.valid is not None or grid not in (None, tokens.grid):
                     raise UserError(
                         "probes on patches need samples of one length. Ask for measures of pooled features."

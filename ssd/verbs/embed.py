@@ -10,6 +10,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from ssd.batch import network_input
 from ssd.errors import UserError
 from ssd.evaluation.embeddings import (
     INDEX,
@@ -24,8 +25,9 @@ from ssd.evaluation.outputs import output_of
 from ssd.summary import check_json, console, print_facts, shown, write_json
 from ssd.verbs.arguments import Parser, at_least_one, split_data
 from ssd.verbs.extraction import add_extraction, check_device
-from ssd.verbs.loading import check_pictures, load_data
+from ssd.verbs.loading import load_data
 from ssd.verbs.networks import load_network
+from ssd.views.view import WHOLE_SOUND
 from ssd.weights.fingerprint import weights_fingerprint
 
 
@@ -66,11 +68,15 @@ def run(argv: list[str]) -> int:
 
     backbone, about = load_network(arguments.network)
     data = load_data(chosen, about, "embed")
-    check_pictures(data, "embed")
+    lengths = data.views.evaluation_lengths
+    if lengths is None and arguments.output == "patches":
+        raise UserError(
+            "--output patches of whole sounds are tables of different lengths. Choose another output, or give the network's "
+            "views an evaluation_length_s."
+        )
     data.max_broken_share = 1.0  # they are listed
     embed = embedder(backbone.to(arguments.device), arguments.output, arguments.device, arguments.precision)
-    size = data.views.evaluation_size
-    shape = tuple(embed(torch.zeros(1, data.channels, size, size)).shape[1:])
+    shape = tuple(embed(backbone.example(lengths or WHOLE_SOUND, torch.Generator())).shape[1:])
     source = data.everything
     looks = {name: about.get(name) for name in ("views", "mean", "std", "channels", "value_range")}
     identity = Identity(
@@ -118,7 +124,7 @@ def write_parts(folder: Folder, numbers: list[int], embed: Callable[[Tensor], np
             for batch in data.rows_dataloader(rows):
                 if len(batch["index"]):
                     places = batch["index"].numpy() - rows.start
-                    found = embed(batch["sample"])
+                    found = embed(network_input(batch))
                     check_range(found, identity.dtype)
                     features[places], there[places] = found, True
                 progress.advance(task, len(batch["index"]))

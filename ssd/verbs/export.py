@@ -7,7 +7,10 @@ from ssd.record import build
 from ssd.summary import check_json, console, write_json
 from ssd.verbs.arguments import Parser
 from ssd.verbs.loading import load_module
+from ssd.views.view import WHOLE_SOUND
 from ssd.weights.export import FORMATS, ExportReport, export_backbone
+
+LOOKS = ("views", "mean", "std", "channels", "value_range")
 
 
 def run(argv: list[str]) -> int:
@@ -16,7 +19,7 @@ def run(argv: list[str]) -> int:
         description="Writes a checkpoint's backbone, loads it in a fresh process by the lines it prints, and compares.",
     )
     parser.add_argument("file", metavar="FILE", help="checkpoint that ssd fit wrote")
-    parser.add_argument("--to", default="timm", choices=FORMATS, help="default: timm")
+    parser.add_argument("--to", choices=FORMATS, help="default: timm, and safetensors for what plain timm cannot build")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
     arguments = parser.parse_args(argv)
@@ -30,8 +33,8 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def export_checkpoint(file: str | Path, out: str | Path, to: str = "timm") -> ExportReport:
-    """Exports the backbone that probes judge. Raises as `export_backbone`."""
+def export_checkpoint(file: str | Path, out: str | Path, to: str | None = None) -> ExportReport:
+    """Exports the backbone that probes judge, without `to` as `Backbone.exported_as` says. Raises as `export_backbone`."""
     module, about = load_module(file)
     views = build(about["views"])
     card: dict[str, Any] = {
@@ -41,15 +44,17 @@ def export_checkpoint(file: str | Path, out: str | Path, to: str = "timm") -> Ex
         "steps": module.step,
         "ssd version": about["version"],
     }
+    backbone = module.evaluated_backbone
     return export_backbone(
-        module.evaluated_backbone,
+        backbone,
         out,
-        to,
-        mean=about["mean"],
-        std=about["std"],
-        input_size=views.evaluation_size,
-        crop=views.evaluation_crop,
+        to or backbone.exported_as,
+        lengths=views.evaluation_lengths or WHOLE_SOUND,
+        mean=about.get("mean"),
+        std=about.get("std"),
+        crop=getattr(views, "evaluation_crop", 1.0),
         card=card,
+        looks={key: about[key] for key in LOOKS if key in about},
     )
 
 

@@ -10,7 +10,7 @@ from ssd.backbones.base import Backbone
 from ssd.backbones.convnet import ConvNet
 from ssd.backbones.vit import FAMILIES, ViT
 from ssd.errors import UserError
-from ssd.record import describe
+from ssd.record import build, describe
 from ssd.verbs.loading import load_module
 from ssd.views.recipes import PlainViews
 
@@ -19,8 +19,8 @@ def load_network(name: str) -> tuple[Backbone, dict[str, Any]]:
     """The backbone in evaluation mode, and how it looks at pictures: `views`, `channels`, `mean`, `std`, `value_range`
     and `data` (None where it knows no data), as a checkpoint has them.
 
-    `name` is a checkpoint that ssd fit wrote, a folder that `ssd export --to timm` wrote, or "timm:NAME" or
-    "timm:NAME.TAG". Raises UserError for anything else.
+    `name` is a checkpoint that ssd fit wrote, a folder that `ssd export` wrote (for timm, or of a network of this library),
+    or "timm:NAME" or "timm:NAME.TAG". Raises UserError for anything else.
     """
     if name.startswith("timm:"):
         return published(name.removeprefix("timm:"))
@@ -34,14 +34,23 @@ def exported(folder: Path) -> tuple[Backbone, dict[str, Any]]:
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text())
+        if "ssd" in config:
+            return own_network(folder, config["ssd"])
         name, kwargs, inputs = config["architecture"], dict(config["model_args"]), config["pretrained_cfg"]
     except FileNotFoundError:
         raise UserError(
-            f"{folder} has no config.json. Give a folder that `ssd export --to timm` wrote, a checkpoint, or timm:NAME."
+            f"{folder} has no config.json. Give a folder that `ssd export` wrote, a checkpoint, or timm:NAME."
         ) from None
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is not what `ssd export --to timm` writes. Export the checkpoint again.") from None
+        raise UserError(f"{file} is not what `ssd export` writes. Export the checkpoint again.") from None
     return adapter(name, kwargs, str(folder)), looks(inputs)
+
+
+def own_network(folder: Path, about: dict[str, Any]) -> tuple[Backbone, dict[str, Any]]:
+    """A network that timm has not, rebuilt by its record."""
+    backbone = build(about["backbone"])
+    backbone.start_from(str(folder))
+    return backbone.eval(), {"value_range": "type", "data": None} | about
 
 
 def published(name: str) -> tuple[Backbone, dict[str, Any]]:

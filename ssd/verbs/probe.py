@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from ssd.batch import network_input
 from ssd.cache_folder import cache_folder
 from ssd.errors import UserError
 from ssd.evaluation.choice import Choice, choose_for_knn, choose_for_linear
@@ -309,7 +310,7 @@ def choices_of(tables: list[FeatureTable], seed: int) -> dict[str, Choice]:
 
 def check_output(name: str, backbone: Any, data: Any, device: str) -> None:
     """Raises UserError for a name that is no output of the network, from a look at one sample."""
-    sample = next(iter(data.test_dataloader()[0]))["sample"][:1].to(device)
+    sample = network_input(next(iter(data.test_dataloader()[0])))[:1].to(device)
     with torch.no_grad():
         outputs = outputs_of(parts_of(backbone, sample))
     if name not in outputs and name != "best":

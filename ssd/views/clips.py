@@ -58,6 +58,10 @@ class ClipView(View):
         super().__post_init__()
         check_times(self.frames, self.fps, self.step)
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return (self.frames, self.size, self.size)
+
 
 def check_times(frames: int, fps: float | None, step: int | None, kind: str = "") -> None:
     """Raises UserError for frames that cannot be placed in time; `kind` stands before the settings' names."""
@@ -161,6 +165,10 @@ class ClipViews(PictureViews):
     @property
     def image_size(self) -> int:
         return self.global_size
+
+    @property
+    def evaluation_lengths(self) -> tuple[int, ...]:
+        return (self.kinds()["global"][0].frames, *super().evaluation_lengths)
 
     @property
     def decoded_size(self) -> int:

@@ -22,12 +22,14 @@ class SoundView:
     """
     Args:
         length_s: length, s; None = the whole sound.
+        rate_hz: samples a second.
         gain_db: softest and loudest change, dB.
         noise_prob: probability of white noise.
         noise_db: level of the sound over the noise, lowest and highest, dB.
     """
 
     length_s: float | None = 2.0
+    rate_hz: int = 16_000
     gain_db: Sequence[float] = (0.0, 0.0)
     noise_prob: float = 0.0
     noise_db: Sequence[float] = (10.0, 30.0)
@@ -40,6 +42,16 @@ class SoundView:
             value = getattr(self, name)
             if len(value) != 2 or not all(map(is_number, value)) or value[0] > value[1]:
                 raise UserError(f"{name} is {list(value)}. Give a smallest and a largest number of dB, in this order.")
+
+    @property
+    def samples(self) -> int | None:
+        """At least 1; None for whole sounds."""
+        return None if self.length_s is None else max(1, round(self.length_s * self.rate_hz))
+
+    @property
+    def lengths(self) -> tuple[int, ...] | None:
+        """(samples,), None for whole sounds."""
+        return None if self.samples is None else (self.samples,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +96,21 @@ class SoundViews(Views):
 
     def kinds(self) -> dict[str, tuple[SoundView, ...]]:
         def view(length_s: float | None) -> SoundView:
-            return SoundView(length_s, self.gain_db, self.noise_prob, self.noise_db)
+            return SoundView(length_s, self.rate_hz, self.gain_db, self.noise_prob, self.noise_db)
 
         kinds = {"global": (view(self.global_length_s),) * self.global_count}
         if self.local_count:
             kinds["local"] = (view(self.local_length_s),) * self.local_count
         return kinds
 
-    def samples(self, length_s: float | None) -> int | None:
-        """Of a view, at least 1; None for whole sounds."""
-        return None if length_s is None else max(1, round(length_s * self.rate_hz))
+    @property
+    def evaluation_samples(self) -> int | None:
+        """Length of the evaluation look, samples; None for whole sounds."""
+        return SoundView(self.evaluation_length_s or self.global_length_s, self.rate_hz).samples
+
+    @property
+    def evaluation_lengths(self) -> tuple[int, ...] | None:
+        return None if self.evaluation_samples is None else (self.evaluation_samples,)
 
 
 def check_seconds(name: str, value: float | None) -> None:
@@ -125,7 +142,7 @@ def draw_windows(views: SoundViews, length: int, longest: int | None, *place: in
         windows[kind] = []
         for view in members:
             number, (where, gain, gate, level) = next(rows)
-            wanted = views.samples(view.length_s) or length
+            wanted = view.samples or length
             count = min(wanted, length, longest or length)
             gain_db = view.gain_db[0] + (view.gain_db[1] - view.gain_db[0]) * gain
             noise_db = view.noise_db[0] + (view.noise_db[1] - view.noise_db[0]) * level

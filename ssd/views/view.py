@@ -7,6 +7,9 @@ from typing import Any
 
 from ssd.errors import UserError
 
+WHOLE_SOUND = (16_000,)
+"""Samples of an input that stands for sounds of any length."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -58,6 +61,11 @@ class View:
         for name in ("flip", "jitter_prob", "grey_prob", "blur_prob", "solarize_prob"):
             check_between(name, getattr(self, name), 0, 1)
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the axes that a network lays its tokens over: (height, width) in px, with the frames before them for clips."""
+        return (self.size, self.size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
@@ -70,6 +78,11 @@ class Views:
     def kinds(self) -> Mapping[str, tuple[Any, ...]]:
         """Name of the kind -> its views, one size a kind; a kind without views is absent."""
         raise NotImplementedError(f"{type(self).__name__} does not say which views it has: define `kinds`.")
+
+    @property
+    def evaluation_lengths(self) -> tuple[int, ...] | None:
+        """`View.lengths` of the evaluation look; None where each sample is as long as it is."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how long an evaluation look is")
 
     def all_of_a_run(self) -> tuple["Views", ...]:
         """The recipes that steps of a run take; more than one where they differ from step to step."""
@@ -117,6 +130,11 @@ class PictureViews(Views):
                     f"views of kind '{kind}' have sizes {[view.size for view in views]} px. "
                     "A kind is one tensor: give it one or more views of one size."
                 )
+
+    @property
+    def evaluation_lengths(self) -> tuple[int, ...]:
+        assert self.evaluation_size is not None, "settled when the recipe was built"
+        return (self.evaluation_size, self.evaluation_size)
 
     @property
     def image_size(self) -> int:

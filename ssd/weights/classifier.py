@@ -20,7 +20,6 @@ from ssd.weights.export import (
     card_text,
     check_request,
     compare,
-    format_of,
     safetensors_lines,
     timm_config,
     timm_lines,
@@ -50,7 +49,7 @@ def export_classifier(
     about = backbone.describe_timm()
     num_classes = network.head.out_features
     about = about | {"kwargs": about["kwargs"] | {"num_classes": num_classes}}
-    to = format_of(about)
+    to = backbone.exported_as
     check_request(backbone, about, out, to, mean, std)
     out.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "export.json"):

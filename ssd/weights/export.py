@@ -23,17 +23,34 @@ if TYPE_CHECKING:
 FORMATS = ("timm", "safetensors")
 TOLERANCE = 1e-4
 
-CHECK = """
+ALONE = """
+import sys
+assert not any(name.split(".")[0] == "ssd" for name in sys.modules), "the lines above import ssd"
+"""
+READ = """
 import sys
 import torch
 from safetensors.torch import load_file as read, save_file as write
-assert not any(name.split(".")[0] == "ssd" for name in sys.modules), "the lines above import ssd"
-pictures, answers = sys.argv[1:]
+given, answers = sys.argv[1:]
 model.eval()
+x = read(given)["inputs"]
 with torch.inference_mode():
-    x = read(pictures)["pictures"]
+"""
+CHECK = (
+    ALONE
+    + READ
+    + """
     write({"pooled": model(x).contiguous(), "features": model.forward_features(x).contiguous()}, answers)
 """
+)
+CHECK_OWN = (
+    READ
+    + """
+    tokens = model(x)
+    write({"pooled": tokens.pooled().contiguous(), "features": tokens.patches.contiguous()}, answers)
+"""
+)
+"""Of a network that is this library's own: what is loaded is its adapter."""
 
 
 @dataclass(frozen=True)
@@ -66,28 +83,30 @@ def export_backbone(
     out: str | Path,
     to: str = "timm",
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    input_size: int,
+    lengths: Sequence[int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     crop: float = 0.875,
     card: Mapping[str, Any] | None = None,
+    looks: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Write `backbone` into the folder `out`, load it in a fresh process by the lines that are reported,
     and compare.
 
     Args:
         to: "timm": a folder for `timm.create_model("local-dir:DIR", pretrained=True)`. "safetensors": the
-            weights and the lines that rebuild the network around them.
-        mean, std: of each channel, in [0, 1] units, that inputs were normalised by.
-        input_size: side of the square inputs of training and evaluation, in px.
+            weights and the lines that rebuild the network around them, with this library where the network is its own.
+        lengths: of the inputs of evaluation, as `Views.evaluation_lengths` has them.
+        mean, std: of each channel, in [0, 1] units, that inputs were normalised by; None for sounds.
         crop: share of the resized picture's side that evaluation keeps.
         card: facts for the model card, such as method, data and numbers; plain data.
+        looks: of a network of this library, how samples are made for it: what a checkpoint says of it.
 
     Raises UserError for what cannot be exported so, RuntimeError where what was loaded differs by more than
     1e-4.
     """
     out = Path(out)
-    about = backbone.describe_timm()
+    about = backbone.describe_timm() if backbone.of_timm else own_network(backbone)
     check_request(backbone, about, out, to, mean, std)
     out.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "export.json"):
@@ -96,14 +115,19 @@ def export_backbone(
     network = copy.deepcopy(backbone).cpu().eval()
     state = {key: value.detach().contiguous().clone() for key, value in network.model.state_dict().items()}
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    config = None
     if to == "timm":
-        config = timm_config(network, about, mean, std, input_size, crop)
+        assert mean is not None and std is not None, "networks of timm are for pictures"
+        config = timm_config(network, about, mean, std, lengths[-1], crop)
+    elif not backbone.of_timm:
+        config = {"ssd": {"backbone": backbone.record(), **(looks or {})}}
+    if config is not None:
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     lines = timm_lines(out) if to == "timm" else safetensors_lines(about, out)
 
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.randn(2, backbone.in_chans, input_size, input_size, generator=generator)
-    difference = compare(answers_here(network.float(), pictures), answers_elsewhere(lines, pictures))
+    inputs = backbone.example(lengths, torch.Generator().manual_seed(0))
+    check = CHECK if backbone.of_timm else CHECK_OWN
+    difference = compare(answers_here(network.float(), inputs), answers_elsewhere(lines, inputs, check))
     if not difference <= TOLERANCE:
         raise RuntimeError(
             f"what a fresh process loaded from {out} differs by {difference:.3g} from the network that was written, "
@@ -112,15 +136,30 @@ def export_backbone(
     report = ExportReport(str(out), to, tuple(lines), difference, TOLERANCE)
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     (out / "export.json").write_text(json.dumps(asdict(report) | versions, indent=2) + "\n")
-    (out / "README.md").write_text(model_card(about, report, mean, std, input_size, card or {}))
+    (out / "README.md").write_text(model_card(about, report, mean, std, lengths, card or {}))
     return report
 
 
+def own_network(backbone: "Backbone") -> dict[str, Any]:
+    """What `describe_timm` says, of a network that timm has not: the record that this library builds it from."""
+    return {"name": backbone.name, "kwargs": backbone.record()["init_args"], "record": backbone.record(), "edits": []}
+
+
 def check_request(
-    backbone: "Backbone", about: dict[str, Any], out: Path, to: str, mean: Sequence[float], std: Sequence[float]
+    backbone: "Backbone",
+    about: dict[str, Any],
+    out: Path,
+    to: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
 ) -> None:
     if to not in FORMATS:
         raise UserError(f"cannot export to '{to}'. Choose one of {', '.join(FORMATS)}.")
+    if to == "timm" and not backbone.of_timm:
+        raise UserError(
+            f"'{about['name']}' is a network of this library, and plain timm has none like it. Export to safetensors, which "
+            "comes with the lines that rebuild it."
+        )
     if to == "timm" and about["edits"]:
         raise UserError(
             f"'{about['name']}' was changed in a way that timm has no setting for ({'; '.join(about['edits'])}), so "
@@ -128,7 +167,7 @@ def check_request(
         )
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file. Give a folder to export to.")
-    if len(mean) != backbone.in_chans or len(std) != backbone.in_chans:
+    if mean is not None and std is not None and (len(mean) != backbone.in_chans or len(std) != backbone.in_chans):
         raise UserError(
             f"mean has {len(mean)} and std {len(std)} values, '{about['name']}' takes {backbone.in_chans} channels."
         )
@@ -168,6 +207,14 @@ def timm_lines(out: Path) -> list[str]:
 
 
 def safetensors_lines(about: dict[str, Any], out: Path) -> list[str]:
+    file = quoted((out / "model.safetensors").as_posix())
+    if "record" in about:
+        return [
+            "from safetensors.torch import load_file",
+            "from ssd.record import build",
+            f"model = build({about['record']!r})",
+            f"model.model.load_state_dict(load_file({file}))",
+        ]
     kwargs = "".join(f", {key}={value!r}" for key, value in about["kwargs"].items())
     return [
         "import timm",
@@ -175,7 +222,7 @@ def safetensors_lines(about: dict[str, Any], out: Path) -> list[str]:
         "from safetensors.torch import load_file",
         f"model = timm.create_model({quoted(about['name'])}{kwargs})",
         *about["edits"],
-        f"model.load_state_dict(load_file({quoted((out / 'model.safetensors').as_posix())}))",
+        f"model.load_state_dict(load_file({file}))",
     ]
 
 
@@ -184,16 +231,18 @@ def quoted(text: str) -> str:
 
 
 @torch.inference_mode()
-def answers_here(backbone: "Backbone", pictures: Tensor) -> dict[str, Tensor]:
-    return {"pooled": backbone(pictures).pooled(), "features": backbone.model.forward_features(pictures)}
+def answers_here(backbone: "Backbone", inputs: Tensor) -> dict[str, Tensor]:
+    tokens = backbone(inputs)
+    features = backbone.model.forward_features(inputs) if backbone.of_timm else tokens.patches
+    return {"pooled": tokens.pooled(), "features": features}
 
 
-def answers_elsewhere(lines: Sequence[str], pictures: Tensor) -> dict[str, Tensor]:
-    """What a fresh Python that never imports ssd gets from `model` after `lines`."""
+def answers_elsewhere(lines: Sequence[str], inputs: Tensor, check: str = CHECK) -> dict[str, Tensor]:
+    """What a fresh Python gets from `model` after `lines`; by `CHECK` one that never imports ssd."""
     with tempfile.TemporaryDirectory() as folder:
-        given, taken = Path(folder, "pictures.safetensors"), Path(folder, "answers.safetensors")
-        save_file({"pictures": pictures}, given)
-        script = "\n".join(lines) + CHECK
+        given, taken = Path(folder, "inputs.safetensors"), Path(folder, "answers.safetensors")
+        save_file({"inputs": inputs}, given)
+        script = "\n".join(lines) + check
         # -P: nothing in the current folder can stand in for timm or torch
         done = subprocess.run(
             [sys.executable, "-P", "-c", script, str(given), str(taken)], capture_output=True, text=True, check=False
@@ -211,22 +260,27 @@ def compare(here: dict[str, Tensor], elsewhere: dict[str, Tensor]) -> float:
 def model_card(
     about: dict[str, Any],
     report: ExportReport,
-    mean: Sequence[float],
-    std: Sequence[float],
-    size: int,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    lengths: Sequence[int],
     card: Mapping[str, Any],
 ) -> str:
-    facts = {
-        "architecture": f"{about['name']} of timm",
-        "arguments": about["kwargs"],
-        "input": f"{len(mean)} x {size} x {size}, values in [0, 1] less mean, over std",
-        "mean": list(mean),
-        "std": list(std),
-        **card,
-    }
+    own = "record" in about
+    facts = {"architecture": about["name"] if own else f"{about['name']} of timm", "arguments": about["kwargs"]}
+    if mean is not None and std is not None:
+        shape = " x ".join(map(str, (len(mean), *lengths)))
+        facts |= {"input": f"{shape}, values in [0, 1] less mean, over std", "mean": list(mean), "std": list(std)}
+    else:
+        facts |= {"input": f"{' x '.join(map(str, lengths))} samples"}
+    facts |= card
+    loaded = (
+        "`model(x)` answers tokens: `model(x).pooled()` is the one vector of each sample, `.patches` what it is pooled from."
+        if own
+        else "`model(x)` is the pooled vector, `model.forward_features(x)` what it is pooled from."
+    )
     what = (
         "A backbone pretrained without labels by self-supervised distillation. It answers features, and has no\n"
-        "classifier; `model(x)` is the pooled vector, `model.forward_features(x)` what it is pooled from."
+        f"classifier; {loaded}"
     )
     return card_text("image-feature-extraction", about["name"], what, report, facts)
 
@@ -261,8 +315,3 @@ def card_text(task: str, name: str, what: str, report: ExportReport, facts: Mapp
             "",
         ]
     )
-
-
-def format_of(about: Mapping[str, Any]) -> str:
-    """The format for what `describe_timm` says of a backbone: "timm" where timm's own arguments build it."""
-    return "safetensors" if about["edits"] else "timm"

@@ -32,7 +32,7 @@ def test_the_printed_line_loads_what_probes_judge(run, tmp_path, monkeypatch):
 
 
 def test_the_card_says_what_it_is_and_not_where_it_was(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("ssd.weights.export.answers_elsewhere", lambda lines, pictures: {})
+    monkeypatch.setattr("ssd.weights.export.answers_elsewhere", lambda lines, inputs, check: {})
     monkeypatch.setattr("ssd.weights.export.compare", lambda here, elsewhere: 0.0)
     monkeypatch.setattr(
         "ssd.verbs.export.load_module",

@@ -21,7 +21,7 @@ THREE = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
 def same_process(monkeypatch):
     """The lines of the report, run here: for what needs no fresh process, which takes seconds to import timm."""
 
-    def answers(lines, given):
+    def answers(lines, given, check):
         place = {}
         exec("\n".join(lines), place)
         model = place["model"].eval()
@@ -34,7 +34,7 @@ def same_process(monkeypatch):
 def test_plain_timm_loads_a_resnet_with_arguments_in_a_fresh_process(tmp_path):
     backbone = tiny_resnet()
     card = {"knn/top1": 0.91, "data": "a | b"}
-    report = export_backbone(backbone, tmp_path / "out", input_size=32, card=card, **THREE)
+    report = export_backbone(backbone, tmp_path / "out", lengths=(32, 32), card=card, **THREE)
     assert report.lines[-1] == f'model = timm.create_model("local-dir:{tmp_path}/out", pretrained=True)'
     assert report.difference <= 1e-5  # the same float32 sums on the same machine
     model = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
@@ -55,8 +55,8 @@ def test_plain_timm_loads_a_resnet_with_arguments_in_a_fresh_process(tmp_path):
 def test_a_small_stem_leaves_as_safetensors_with_the_lines_that_rebuild_it(tmp_path):
     backbone = tiny_resnet(small_stem=True, in_chans=1)
     with pytest.raises(UserError, match=r"model\.conv1 = .*plain timm cannot load.*safetensors"):
-        export_backbone(backbone, tmp_path / "out", "timm", mean=[0.5], std=[0.2], input_size=32)
-    report = export_backbone(backbone, tmp_path / "out", "safetensors", mean=[0.5], std=[0.2], input_size=32)
+        export_backbone(backbone, tmp_path / "out", "timm", mean=[0.5], std=[0.2], lengths=(32, 32))
+    report = export_backbone(backbone, tmp_path / "out", "safetensors", mean=[0.5], std=[0.2], lengths=(32, 32))
     assert report.difference <= 1e-5
     assert not (tmp_path / "out" / "config.json").exists()
     assert "ssd" not in report.code
@@ -66,8 +66,8 @@ def test_a_small_stem_leaves_as_safetensors_with_the_lines_that_rebuild_it(tmp_p
 def test_a_stem_of_convolutions_leaves_as_safetensors_with_the_line_that_rebuilds_it(tmp_path, same_process, name):
     backbone = tiny_vit(name, img_size=32, stem="conv", arguments={"patch_size": 4})
     with pytest.raises(UserError, match=r"patch_embed\.proj = .*plain timm cannot load.*safetensors"):
-        export_backbone(backbone, tmp_path / "out", "timm", input_size=32, **THREE)
-    report = export_backbone(backbone, tmp_path / "out", "safetensors", input_size=48, **THREE)
+        export_backbone(backbone, tmp_path / "out", "timm", lengths=(32, 32), **THREE)
+    report = export_backbone(backbone, tmp_path / "out", "safetensors", lengths=(48, 48), **THREE)
     assert report.difference <= 1e-5
     assert "torch.nn.BatchNorm2d(12)" in report.code and "ssd" not in report.code
 
@@ -89,7 +89,7 @@ def test_a_stem_of_convolutions_leaves_as_safetensors_with_the_line_that_rebuild
 )
 def test_every_family_comes_back_through_the_printed_lines(tmp_path, same_process, backbone, to):
     backbone = backbone()
-    report = export_backbone(backbone, tmp_path, to, input_size=96, **THREE)
+    report = export_backbone(backbone, tmp_path, to, lengths=(96, 96), **THREE)
     assert report.difference <= 5e-5  # what one last bit of the input makes of itself in a Swin
     state = load_file(tmp_path / "model.safetensors")
     assert state.keys() == backbone.model.state_dict().keys()
@@ -100,26 +100,26 @@ def test_other_channel_counts_come_back_unadapted(tmp_path, same_process, channe
     """timm sums or repeats the first convolution of three-channel weights; these are not."""
     statistics = {"mean": [0.5] * channels, "std": [0.2] * channels}
     for number, backbone in enumerate((tiny_vit(in_chans=channels), tiny_convnext(in_chans=channels))):
-        report = export_backbone(backbone, tmp_path / str(number), input_size=32, **statistics)
+        report = export_backbone(backbone, tmp_path / str(number), lengths=(32, 32), **statistics)
         assert report.difference <= 1e-5
 
 
 def test_an_exported_convnext_starts_another_run(tmp_path, same_process):
     backbone = tiny_convnext()
-    export_backbone(backbone, tmp_path, input_size=32, **THREE)
+    export_backbone(backbone, tmp_path, lengths=(32, 32), **THREE)
     again = ConvNet("convnext_atto", weights=str(tmp_path), arguments=CONVNEXT).eval()
     assert_close(again(pictures()).patches, backbone(pictures()).patches, atol=0, rtol=0)
 
 
 def test_a_difference_is_an_error_and_leaves_no_proof(tmp_path, monkeypatch, same_process):
     backbone, answers = tiny_vit(img_size=32), export.answers_elsewhere
-    export_backbone(backbone, tmp_path, input_size=32, **THREE)
+    export_backbone(backbone, tmp_path, lengths=(32, 32), **THREE)
     assert (tmp_path / "export.json").exists()
     for fault in (1e-3, float("nan")):
         changed = lambda *a, fault=fault: {key: value + fault for key, value in answers(*a).items()}
         monkeypatch.setattr(export, "answers_elsewhere", changed)
         with pytest.raises(RuntimeError, match="differs"):
-            export_backbone(backbone, tmp_path, input_size=32, **THREE)
+            export_backbone(backbone, tmp_path, lengths=(32, 32), **THREE)
         assert not (tmp_path / "export.json").exists()
 
 
@@ -135,7 +135,7 @@ def test_exporting_leaves_the_network_as_it_was(tmp_path, same_process):
     for block in backbone.blocks:
         block.compile(backend="eager")
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    export_backbone(backbone, tmp_path, input_size=32, **THREE)
+    export_backbone(backbone, tmp_path, lengths=(32, 32), **THREE)
     assert backbone.training
     for key, value in backbone.state_dict().items():
         assert_close(value, before[key], atol=0, rtol=0)
@@ -150,13 +150,13 @@ def test_exporting_leaves_the_network_as_it_was(tmp_path, same_process):
 )
 def test_impossible_exports_are_refused(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
-        export_backbone(tiny_vit(), tmp_path, input_size=32, **{**THREE, **settings})
+        export_backbone(tiny_vit(), tmp_path, lengths=(32, 32), **{**THREE, **settings})
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        export_backbone(tiny_vit(), tmp_path / "file", input_size=32, **THREE)
+        export_backbone(tiny_vit(), tmp_path / "file", lengths=(32, 32), **THREE)
     with pytest.raises(UserError, match="plain data"):
         arguments = {**TINY, "norm_layer": torch.nn.LayerNorm}
-        export_backbone(ViT("vit_tiny_patch16_224", arguments=arguments), tmp_path, input_size=32, **THREE)
+        export_backbone(ViT("vit_tiny_patch16_224", arguments=arguments), tmp_path, lengths=(32, 32), **THREE)
 
 
 def test_the_difference_is_absolute_for_small_features_and_a_share_of_large_ones():
