@@ -20,6 +20,7 @@ from ssd.evaluation.feature_cache import DTYPES, FeatureTable, feature_table
 from ssd.evaluation.features import Features, extract, pixels
 from ssd.evaluation.lidar import SAMPLES, VIEWS, lidar_number
 from ssd.evaluation.logistic import logistic_predict
+from ssd.evaluation.ood import ood_numbers_of_others
 from ssd.evaluation.outputs import outputs_of, parts_of
 from ssd.evaluation.protocol import Number, count_classes
 from ssd.evaluation.suite import MEASURES, USUAL, WITHOUT_LABELS, evaluate, few_label_report, report_table
@@ -82,6 +83,12 @@ def run(argv: list[str]) -> int:
         help="folder of label maps for --measures segmentation: PNG of 8 bits, named like the pictures, 255 for none",
     )
     parser.add_argument(
+        "--others",
+        metavar="DATA",
+        help="for --measures ood: another data set, a path or a class name, that the test samples are told from; without it "
+        "half of the classes are held out",
+    )
+    parser.add_argument(
         "--confusion",
         metavar="FILE",
         help="write which classes the logistic probe takes for which as a picture, and print the pairs confused most",
@@ -109,6 +116,10 @@ def run(argv: list[str]) -> int:
             "segmentation needs a label for every pixel, and nothing else does: give --measures segmentation and --labels MAPS "
             "together, or neither."
         )
+    if arguments.others is not None and "ood" not in arguments.measures:
+        raise UserError(
+            "--others is what --measures ood tells the test samples from. Add the measure, or leave it out."
+        )
     folder = kept_in(arguments.cache)
 
     keep_freed_memory()
@@ -130,6 +141,8 @@ def run(argv: list[str]) -> int:
     bank, queries = (table.features(output) for table in (tables[0], tables[-1]))
     numbers = []
     of_features = [name for name in arguments.measures if name in MEASURES]
+    if arguments.others is not None:
+        of_features.remove("ood")
     if of_features:
         numbers = evaluate(
             bank.features,
@@ -139,6 +152,10 @@ def run(argv: list[str]) -> int:
             measures=of_features,
             draws=arguments.draws,
             seed=arguments.seed,
+        )
+    if arguments.others is not None:
+        numbers += ood_of_others(
+            backbone, about, arguments.others, bank, queries, output, folder, arguments.dtype, **settings
         )
     if "outputs" in arguments.measures:
         numbers += [choice.number for choice in choices.values()]
@@ -344,6 +361,25 @@ def lidar_numbers(backbone: Any, data: Any, output: str, **settings: Any) -> lis
         return torch.cat([parts[name] for name in outputs_of(parts)[output]], dim=1)
 
     return [lidar_number(embed, data.augmented_dataloader(SAMPLES, looks), looks, **settings)]
+
+
+def ood_of_others(
+    backbone: Any,
+    about: dict[str, Any],
+    others: str,
+    bank: Features,
+    queries: Features,
+    output: str,
+    folder: Path | None,
+    dtype: str,
+    **settings: Any,
+) -> list[Number]:
+    """How well test samples are told from those of another data set, of which the held-out part is taken where it has one."""
+    data = load_data(["--data", others], about, "probe")
+    tables, _ = tables_of(backbone, data, folder, dtype=dtype, **settings)
+    outside, known = tables[-1].features(output).features, bank.labels >= 0
+    name = Path(others).name
+    return ood_numbers_of_others(bank.features[known], bank.labels[known], queries.features, outside, name)
 
 
 # ---------------------------------------------------------------------- baselines

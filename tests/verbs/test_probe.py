@@ -59,6 +59,20 @@ def test_probe_and_online_evaluation_agree(run, tmp_path):
         )  # two of 500, batched otherwise
 
 
+def test_samples_of_another_data_set_are_told_from_the_test_set(run, pictures, tmp_path):
+    file = tmp_path / "probe.json"
+    asked = ("--measures", "ood", "--others", pictures / "plain", "--json", file)
+    said = typed("probe", run.last, *asked, *ON_CPU)
+    assert said.status == 0, said.err
+    numbers = {number["name"]: number for number in json.loads(file.read_text())["numbers"]}
+    assert set(numbers) == {f"ood_{way}/{what}" for way in ("knn", "mahalanobis") for what in ("auroc", "fpr95")}
+    assert all("out: plain" in number["protocol"] for number in numbers.values())
+    # noise is nothing like digits
+    assert numbers["ood_mahalanobis/auroc"]["value"] > 0.95
+    said = typed("probe", run.last, "--measures", "knn", "--others", pictures / "plain", *ON_CPU)
+    assert said.status == 2 and "--measures ood" in said.err
+
+
 def test_features_are_read_again_only_of_the_same_network_data_and_precision(run, tmp_path):
     def say(*more):
         said = typed("probe", run.last, "--measures", "knn", "--cache", tmp_path / "kept", *ON_CPU[:2], *more)
