@@ -11,7 +11,7 @@ from ssd.batch import Masks, Tokens
 from ssd.decoders import ConvDecoder, MaskedDecoder
 from ssd.errors import UserError
 from ssd.masking.recipes import Masking
-from ssd.normalisers import patchified, standardised
+from ssd.normalisers import patchified, standardised, unpatchified
 
 
 @dataclass
@@ -107,6 +107,22 @@ def pixel_targets(pictures: Tensor, patch: int, normalize: bool) -> Tensor:
     """Pixels of each patch, each patch at mean 0 and variance 1 with `normalize`. (V, B, C, H, W) -> (V, B, N, p p C)"""
     pixels = patchified(pictures.flatten(0, 1).float(), patch)
     return (standardised(pixels) if normalize else pixels).unflatten(0, pictures.shape[:2])
+
+
+def painted(network: MaskedBranch, pictures: Tensor, masks: Masks, normalized: bool) -> Tensor:
+    """Pictures (B, C, H, W) with what a network that predicts pixels paints in the hidden patches of (1, B, N) masks.
+
+    `normalized` predictions are at mean 0 and variance 1, and get the mean and the deviation of the patch that they stand for.
+    """
+    patch = square_patch(network.backbone)
+    decoded = MaskedBranch.forward(network, pictures[None], visible_places(masks)).patches[0].float()
+    true = patchified(pictures.float(), patch)
+    if normalized:
+        deviation, mean = torch.std_mean(true, dim=-1, keepdim=True)
+        decoded = decoded * deviation + mean
+    whole = torch.where(masks.boolean[0, ..., None], decoded, true)
+    rows, columns = network.backbone.grid(*pictures.shape[2:])
+    return unpatchified(whole, (rows, columns), patch)
 
 
 def mean_over_hidden(error: Tensor, masks: Masks, total: int) -> Tensor:

@@ -155,7 +155,7 @@ def options() -> argparse.ArgumentParser:
         description="Writes the first samples of a run as a PNG: each picture with its crops drawn in, then its views as "
         "the network gets them, with what masks hide of them: those of a checkpoint's method, or of --masks. Clips are shown as "
         "filmstrips, sounds as waveform and spectrogram. Or, of a checkpoint's network, what it sees in held-out pictures: "
-        "--show attention, pca, neighbours or prototypes.",
+        "--show attention, pca, neighbours, prototypes or reconstruction.",
         epilog="--data takes a path, a class name or a data config, and --data.KEY VALUE its settings, as in ssd fit. "
         "--views takes a recipe (default: dino, clip or speech, as the data is), and --views.KEY VALUE its settings; --config "
         "method/NAME takes those of a run.",
@@ -177,7 +177,7 @@ def options() -> argparse.ArgumentParser:
         metavar="WHAT",
         help="views; attention: where each head of a transformer's last block looks; pca: the three main components of patch "
         "features as colours; neighbours: the training samples that are most alike; prototypes: the samples or patches that "
-        "score highest for the most used ones; default: views",
+        "score highest for the most used ones; reconstruction: what a masked autoencoder paints; default: views",
     )
     parser.add_argument("--out", metavar="FILE", help="default: sheet.png for views, else what is shown, as in pca.png")
     parser.add_argument("--samples", type=at_least_one, default=6, help=f"rows, at most {MOST}; default: 6")

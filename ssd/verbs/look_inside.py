@@ -11,18 +11,23 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from ssd.batch import Scores
+from ssd.batch import Scores, map_tensors
 from ssd.data.dataset import EvaluationPictures, evenly, looked_at
 from ssd.errors import UserError
 from ssd.evaluation.features import extract
+from ssd.losses.regression import squared_error
+from ssd.masked_branch import MaskedBranch, painted, square_patch
+from ssd.masking.batch import masks_for
+from ssd.normalisers import patchified
 from ssd.pictures.attention import attention_sheet, spread
 from ssd.pictures.components import component_sheet, fit_basis
 from ssd.pictures.neighbours import named, nearest, neighbour_sheet
 from ssd.pictures.prototypes import answers_of, most_used, patch_in_place, prototype_sheet
+from ssd.pictures.reconstruction import reconstruction_sheet
 from ssd.pictures.sheet import CELL, colours_of
 from ssd.verbs.loading import check_pictures, load_data, load_module
 
-INSIDE = ("attention", "pca", "neighbours", "prototypes")
+INSIDE = ("attention", "pca", "neighbours", "prototypes", "reconstruction")
 MOST = 64  # samples
 ALIKE = 8  # neighbours of each, and pictures of a prototype
 SEARCHED = 1000  # training samples in which prototypes are looked for
@@ -54,6 +59,8 @@ def look_inside(arguments: argparse.Namespace, chosen: list[str]) -> Look:
     names = [held_out.pictures.source.describe(index) for index in batch["index"].tolist()]
     if arguments.show == "attention":
         return attention(arguments, backbone, pictures, batch, names)
+    if arguments.show == "reconstruction":
+        return reconstruction(arguments, module, data, pictures, batch, names)
     if arguments.show == "pca":
         return components(arguments, backbone, pictures, batch, names)
     return neighbours(arguments, backbone, data, pictures, batch, names)
@@ -148,6 +155,42 @@ def neighbours(
     }
     what = f"{len(names)} pictures and their {rows.shape[1]} nearest of {len(found.index)} training pictures"
     return sheet, [*told, what], content
+
+
+def reconstruction(
+    arguments: argparse.Namespace,
+    module: Any,
+    data: Any,
+    pictures: list[np.ndarray],
+    batch: dict[str, Tensor],
+    names: list[str],
+) -> Look:
+    normalized = getattr(module, "normalize_pixels", None)
+    if not isinstance(module.student, MaskedBranch) or normalized is None:
+        raise UserError(
+            f"{type(module).__name__} predicts no pixels, so it paints nothing. Show attention, pca or neighbours, or give a "
+            "checkpoint of MAE, DMAE or FurtherPretraining."
+        )
+    samples = batch["sample"].to(device_of(module))
+    recipe, grid = module.masking["global"], module.student.backbone.grid(*samples.shape[2:])
+    masks = masks_for(recipe, 1, len(samples), grid, data.seed, 0)
+    hidden = map_tensors(masks, lambda tensor: tensor.to(samples.device))
+    with torch.no_grad():
+        answers = painted(module.student, samples, hidden, normalized)
+        whole = patchified(samples.float(), square_patch(module.student.backbone))
+        wrong = squared_error(patchified(answers, square_patch(module.student.backbone)), whole)  # (B, N)
+    errors = torch.where(masks.boolean[0], wrong.cpu(), 0).sum(1) / masks.boolean[0].sum(1)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    levels = ((answers.cpu() * std + mean) * 255).round().clamp(0, 255).byte()
+    shown = [colours_of(picture.permute(1, 2, 0).numpy(), arguments.bands) for picture in levels]
+    told = [f"row {row}: {name}, error {error:.3f}" for row, (name, error) in enumerate(zip(names, errors.tolist()), 1)]
+    count = int(masks.boolean[0, 0].sum())
+    what = f"{len(names)} pictures, {count} of {masks.boolean.shape[2]} patches hidden and painted"
+    if normalized:
+        what += ", each at the brightness and contrast that its patch has"
+    rows = [{"picture": name, "error": error} for name, error in zip(names, errors.tolist())]
+    sheet = reconstruction_sheet(pictures, masks.boolean[0], shown, arguments.cell or CELL)
+    return sheet, [*told, what], {"hidden": count, "rows": rows}
 
 
 def prototypes(arguments: argparse.Namespace, module: Any, data: Any) -> Look:

@@ -7,9 +7,11 @@ from torch.testing import assert_close
 from lightning_modules.mae import MAE
 from ssd.backbones.convnet import ConvNet
 from ssd.backbones.vit import ViT
-from ssd.batch import Batch
+from ssd.batch import Batch, Masks
 from ssd.errors import UserError
+from ssd.masked_branch import Decoded, MaskedBranch, painted, pixel_targets
 from ssd.masking.recipes import BlockMasks
+from ssd.normalisers import patchified
 from ssd.views.recipes import CropViews
 from tests.contract import MethodContract, start
 
@@ -168,3 +170,19 @@ def test_what_cannot_be_is_refused(settings, said):
 def test_a_network_that_cannot_encode_visible_patches_is_refused():
     with pytest.raises(UserError, match="visible"):
         MAE(ConvNet("resnet18"), views=CropViews(size=32))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_network_that_predicts_the_target_paints_the_picture(monkeypatch, normalize):
+    module = tiny(normalize_pixels=normalize)
+    batch = masked_batch(module, 3, 0)
+    first, masks = batch.views["global"][:1], batch.masks["global"]
+    one = Masks(masks.boolean[:1], masked=masks.masked[:1], visible=masks.visible[:1])
+    right = pixel_targets(first, module.patch, normalize)
+    monkeypatch.setattr(MaskedBranch, "forward", lambda network, pictures, visible: Decoded(right, None, None))
+    assert_close(painted(module.student, first[0], one, normalize), first[0], atol=1e-4, rtol=1e-4)
+
+    monkeypatch.setattr(MaskedBranch, "forward", lambda network, pictures, visible: Decoded(right + 1, None, None))
+    wrong = painted(module.student, first[0], one, normalize)
+    changed = patchified((wrong - first[0]).abs(), module.patch).amax(-1) > 1e-3
+    assert (changed == one.boolean[0]).all(), "what is seen stays as it is"

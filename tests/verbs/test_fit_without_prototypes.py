@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from tests.verbs.conftest import typed
 
@@ -24,3 +25,13 @@ def test_a_run_is_examined_shown_and_reported_like_any_other(method, tmp_path, m
     assert said.status == 0 and (tmp_path / "run" / "report.html").is_file()
     said = typed("look", "run/checkpoints/last.ckpt", "--show", "prototypes", "--out", "p.png")
     assert said.status == 2 and "no prototypes to show" in said.err
+    said = typed("look", "run/checkpoints/last.ckpt", "--show", "reconstruction", "--samples", 3, "--json", "r.json")
+    if method == "dbot":
+        assert said.status == 2 and "DBOT predicts no pixels" in said.err
+        return
+    assert said.status == 0, said.err
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["hidden"] == 12 and len(written["rows"]) == 3, "three quarters of 4 x 4 patches"
+    # patches are predicted at variance 1, of which a network that has learned nothing misses all; shown is the picture's
+    assert all(0 < row["error"] < 4 for row in written["rows"])
+    assert Image.open(tmp_path / "reconstruction.png").height > 3 * 100

@@ -212,6 +212,7 @@ def test_prototypes_show_what_they_score_highest_for(request, tmp_path, which, w
         (["VIT", "--show", "attention", "--like", "VIT"], ["--like is for the colours of pca"]),
         (["VIT", "--show", "pca", "--like", "CONVNET", "--size", "64"], ["2 x 2 patches", "8 x 8"]),
         (["VIT", "--show", "pca", "--masks", "BlockMasks"], ["--masks is for views"]),
+        (["VIT", "--show", "reconstruction"], ["predicts no pixels", "MAE"]),
         (["VIT", "--size", "32"], ["--size is for what a network sees"]),
         (["--show", "pca", "--data", "Digits"], ["--show pca needs the checkpoint"]),
         (["VIT", "--show", "heads"], ["--show", "attention"]),
