@@ -29,7 +29,8 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 class Masks:
     """Which tokens of each masked view the student does not see.
 
-    `boolean` (V, B, N) is True where masked. With equal counts everywhere, `masked` (V, B, M) and
+    V counts masks of a sample: its views, or, where a method asks for several masks of each, all views under their first
+    mask, then under their second. `boolean` (V, B, N) is True where masked. With equal counts everywhere, `masked` (V, B, M) and
     `visible` (V, B, N - M) hold sorted token indices. With varying counts, `flat` (G, U) holds, for
     each of G equal slices of the batch, the masked places of that slice as indices into its own
     (V, B / G, N) tokens, padded to U with index 0 and `weight` (G, U) 0, so that every slice has

@@ -16,7 +16,7 @@ from ssd.normalisers import patchified, standardised, unpatchified
 
 @dataclass
 class Decoded:
-    """What a `MaskedBranch` answers for M masks of each of B samples.
+    """What a `MaskedBranch` answers for M masks of each of B samples, whatever their number of views.
 
     Args:
         patches: (M, B, N, out_dim) predictions for all places.
@@ -56,12 +56,12 @@ class MaskedBranch(nn.Module):
 
         Args:
             pictures: (V, B, C, H, W).
-            visible: (M, B, n) sorted places; M is V, or several masks of the one view.
+            visible: (M, B, n) sorted places; M is V, or a multiple of it: all views under their first mask, then under their
+                second. Each picture is embedded once.
         """
         masks, batch = visible.shape[:2]
-        seen = pictures if len(pictures) == masks else pictures.expand(masks, *pictures.shape[1:])
         places = visible.flatten(0, 1)
-        tokens = self.backbone(seen.flatten(0, 1), visible=places, taps=tuple(self.projectors))
+        tokens = self.backbone(pictures.flatten(0, 1), visible=places, taps=tuple(self.projectors))
         if isinstance(self.decoder, ConvDecoder):
             decoded, cls = self.decoder(tokens.patches, places, tokens.grid), None
         else:

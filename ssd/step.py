@@ -107,6 +107,8 @@ class Step(Recorded, nn.Module):
     """Beginnings of the names of state that checkpoints of earlier stages may lack."""
     masking: Mapping[str, Masking] = MappingProxyType({})
     """Kind of view -> how its tokens are masked; a method that masks sets it."""
+    masks_per_view: int = 1
+    """How many masks each masked view gets, all views under their first mask, then under their second."""
 
     def __init__(
         self,
@@ -227,7 +229,8 @@ class Step(Recorded, nn.Module):
                 )
             others = {views.kinds()[kind][0].lengths for views in self.views.all_of_a_run()} - {lengths}
             grids = tuple((other[-1], grid_of(*other)) for other in sorted(others))
-            plans[kind] = MaskPlan(recipe, len(kinds[kind]), grid_of(*lengths), self.micro_batches, grids)
+            grid = grid_of(*lengths)
+            plans[kind] = MaskPlan(recipe, len(kinds[kind]), grid, self.micro_batches, grids, self.masks_per_view)
         return plans
 
     # ------------------------------------------------------------------ time

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ssd.errors import UserError
-from ssd.masking.batch import masks_for
+from ssd.masking.batch import MaskPlan, masks_for
 from ssd.masking.counts import SPREAD
 from ssd.masking.recipes import (
     BlockMasks,
@@ -272,6 +272,17 @@ def test_disjoint_masks_follow_the_card_for_part_of_the_tokens():
 def test_inverse_squares_keep_what_the_card_says(keep, adjust, grid, kept):
     masks = InverseSquareMasks(keep, adjust=adjust).draw(3, 20, (grid, grid), 0, 0)
     assert ((~masks).sum(2) == kept).all()
+
+
+def test_masks_of_one_view_are_as_many_as_asked_for_all_views_under_their_first_then_under_their_second():
+    recipe = InverseSquareMasks()
+    one = MaskPlan(recipe, 1, (8, 8), masks_per_view=16).draw(4, 0, 3)
+    assert one.boolean.shape == (16, 4, 64) and one.visible.shape == (16, 4, 12) and one.masked.shape == (16, 4, 52)
+    two = MaskPlan(recipe, 2, (8, 8), masks_per_view=3).draw(4, 0, 3)
+    assert two.boolean.shape == (6, 4, 64)
+    assert len({row.tobytes() for row in one.boolean.numpy().reshape(64, -1)}) > 60, "each is drawn for itself"
+    part = one.part(1, 2)
+    assert torch.equal(part.visible, one.visible[:, 2:]) and torch.equal(part.boolean, one.boolean[:, 2:])
 
 
 def test_a_single_square_is_there_whole():

@@ -86,7 +86,8 @@ class Backbone(Recorded, nn.Module):
             masked: patches whose embedding becomes `mask_token` before positions are added: bool (B, N)
                 or indices (B, M).
             mask_token: D values, for instance a parameter of shape (1, D).
-            visible: indices (B, n) of the only patches that pass the blocks, sorted.
+            visible: indices (B, n) of the only patches that pass the blocks, sorted; (M B, n) for M sets of each picture, all
+                pictures under their first set, then under their second: M B rows, and pictures are embedded once.
             taps: numbers of the blocks whose output is wanted, as `tokens.taps["block3"]` for 3 and what enters the
                 first as 0 (of a ViT), and names such as "block3.mlp" for what a ViT's MLP adds, before scale and residual.
             until: number of the last block to run, 1 to `num_blocks`.

@@ -1,6 +1,7 @@
 """Vision transformers of timm: learned positions (VisionTransformer) and rotary ones (Eva)."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -86,7 +87,8 @@ class ViT(Backbone):
             raise UserError(f"'{name}' has a distillation token, which no method here uses. Use the name without it.")
         if stem not in STEMS:
             raise UserError(f"stem: '{stem}' is unknown. Choose one of {', '.join(STEMS)}.")
-        self.edits = convolve_stem(model, name) if stem == "conv" else []
+        self.convolved = stem == "conv"
+        self.edits = convolve_stem(model, name) if self.convolved else []
         set_drop_path(model.blocks, drop_path_rate, drop_path_rule)
         model.global_pool = "avg" if model.cls_token is None else "token"
         self.model = model
@@ -217,18 +219,22 @@ class ViT(Backbone):
         grid = (rows, columns)
         all_patches = (len(x), rows * columns)
         masked = None if masked is None else as_boolean(masked, all_patches)  # (B, N)
-        if self.edits and masked is not None:
+        if visible is not None and len(visible) % len(x):
+            raise UserError(
+                f"visible has {len(visible)} rows for {len(x)} pictures. Give one row for each, or a multiple of it."
+            )
+        if self.convolved and masked is not None:
             x = hide_pixels(x, masked, grid, self.patch)
-        if self.edits and visible is not None:
-            x = hide_pixels(x, ~as_boolean(visible, all_patches), grid, self.patch)
+        if self.convolved and visible is not None:
+            # what is hidden differs from set to set, and neighbours see it through the stem
+            x = x.repeat(len(visible) // len(x), 1, 1, 1)
+            x = hide_pixels(x, ~as_boolean(visible, (len(x), all_patches[1])), grid, self.patch)
         patches = self.model.patch_embed(x)  # (B, h, w, D)
         if masked is not None:
             patches = replace_masked(patches.flatten(1, 2), masked, mask_token).unflatten(1, grid)
         sequence, rope = self.model._pos_embed(patches) if self.rotary else (self.model._pos_embed(patches), None)
         if visible is not None:
-            prefix, rest = sequence[:, : self.num_prefix], sequence[:, self.num_prefix :]
-            rest = rest.gather(1, visible[..., None].expand(-1, -1, rest.shape[-1]))
-            sequence = torch.cat([prefix, rest], dim=1)  # (B, prefix + n, D)
+            sequence = only_visible(sequence, visible, self.num_prefix)  # (M B, prefix + n, D)
         return grid, self.model.norm_pre(sequence), self.rotations(rope, grid, visible)
 
     def rotations(self, rope: Tensor | None, grid: tuple[int, int], visible: Tensor | None) -> Sequence[Tensor | None]:
@@ -309,6 +315,18 @@ def convolve_stem(model: Any, name: str) -> list[str]:
     return [f"model.patch_embed.proj = torch.nn.Sequential({', '.join(written)})"]
 
 
+def only_visible(sequence: Tensor, visible: Tensor, prefix: int) -> Tensor:
+    """Of (B, prefix + N, D) what stands before the patches and the patches of each of M sets `visible` (M B, n), all rows
+    under their first set, then under their second. -> (M B, prefix + n, D)"""
+    batch, _, dim = sequence.shape
+    sets = visible.unflatten(0, (len(visible) // batch, batch))  # (M, B, n)
+    places = sets.transpose(0, 1).flatten(1)  # (B, M n): M copies of all patches are never made
+    rest = sequence[:, prefix:].gather(1, places[..., None].expand(-1, -1, dim))
+    rest = rest.unflatten(1, (len(sets), -1)).transpose(0, 1)  # (M, B, n, D)
+    first = sequence[:, :prefix].expand(len(sets), -1, -1, -1)
+    return torch.cat([first, rest], dim=2).flatten(0, 1)
+
+
 def visible_rope(rope: Tensor, visible: Tensor) -> Tensor:
     """Rotary positions of the visible patches (B, n): of (N, d), (B, 1, n, d); of (heads, N, d), (B, heads, n, d)."""
     chosen = rope[..., visible, :]  # (B, n, d) or (heads, B, n, d)
@@ -316,13 +334,16 @@ def visible_rope(rope: Tensor, visible: Tensor) -> Tensor:
 
 
 def block_and_mlp(block: Any, sequence: Tensor, place: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """A block's output, and its MLP's before layer scale, drop path and the residual sum."""
-    if getattr(block, "_compiled_call_impl", None) is not None:
-        raise UserError("the MLP output of a compiled block cannot be tapped. Leave this backbone uncompiled.")
+    """A block's output, and its MLP's before layer scale, drop path, the residual sum and a norm behind it.
+
+    What is compiled knows of no hook, so a compiled block runs as it was written.
+    """
+    compiled = getattr(block, "_compiled_call_impl", None) is not None
     seen: list[Tensor] = []
     hook = block.mlp.register_forward_hook(lambda module, arguments, output: seen.append(output))
     try:
-        return block(sequence, **place), seen[0]
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            return block(sequence, **place), seen[0]
     finally:
         hook.remove()
 

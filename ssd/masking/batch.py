@@ -20,10 +20,11 @@ class MaskPlan:
 
     Args:
         recipe: how.
-        views: V, masks of each sample; as many as the kind has views, where it is one.
+        views: of each sample.
         grid: tokens of a view, (h, w), (t, h, w) or (t,).
         slices: equal parts in which the batch of a rank passes the student.
         other_grids: of views whose size is not the same in every step: ((side in px, grid), ...)
+        masks_per_view: of each view, all views under their first mask, then under their second.
     """
 
     recipe: Masking
@@ -31,6 +32,12 @@ class MaskPlan:
     grid: tuple[int, ...]
     slices: int = 1
     other_grids: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    masks_per_view: int = 1
+
+    @property
+    def masks(self) -> int:
+        """Of each sample."""
+        return self.views * self.masks_per_view
 
     def draw(self, batch: int, *place: int, rank: int = 0, world: int = 1, side: int | None = None) -> Masks:
         """The masks of this rank's `batch` samples; `place` is (seed, step) and whatever tells plans apart.
@@ -38,7 +45,7 @@ class MaskPlan:
         `side` is that of the step's views, px.
         """
         grid = next((other for px, other in self.other_grids if px == side), self.grid)
-        return masks_for(self.recipe, self.views, batch, grid, *place, rank=rank, world=world, slices=self.slices)
+        return masks_for(self.recipe, self.masks, batch, grid, *place, rank=rank, world=world, slices=self.slices)
 
 
 def masks_for(

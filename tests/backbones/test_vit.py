@@ -153,6 +153,24 @@ def test_pixels_that_are_masked_change_nothing_and_indices_are_the_boolean_form(
 STEMMED = ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"]
 
 
+@pytest.mark.parametrize(
+    ("name", "stem"), [*((name, "linear") for name in NAMES), *((name, "conv") for name in STEMMED)]
+)
+def test_several_masks_of_a_picture_are_as_many_pictures_that_are_embedded_once(name, stem):
+    backbone = vit(name, stem=stem)
+    x, visible = pictures(backbone), some_visible(6, 12, 5)
+    seen = []
+    embedding = backbone.model.patch_embed
+    hook = embedding.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    tokens = backbone(x, visible=visible, taps=(1,))
+    hook.remove()
+    repeated = backbone(x.repeat(3, 1, 1, 1), visible=visible, taps=(1,))
+    assert_close(tokens.pooled(), repeated.pooled(), atol=1e-5, rtol=1e-5)
+    assert_close(tokens.patches, repeated.patches, atol=1e-5, rtol=1e-5)
+    assert_close(tokens.taps["block1"], repeated.taps["block1"], atol=1e-5, rtol=1e-5)
+    assert seen == [6 if stem == "conv" else 2], "hidden pixels would be seen through overlapping convolutions"
+
+
 @pytest.mark.parametrize("name", STEMMED)
 def test_a_stem_of_convolutions_changes_what_a_patch_sees_and_nothing_else(name):
     plain, stemmed = vit(name), vit(name, stem="conv")
@@ -399,6 +417,7 @@ def test_impossible_settings_are_refused_when_built(settings, message):
         ({"taps": (4,)}, "block4.*1 to 3"),
         ({"taps": (3,), "until": 2}, "stops after block 2"),
         ({"taps": ("norm",)}, "norm"),
+        ({"visible": torch.zeros(3, 5, dtype=torch.long)}, "3 rows for 2 pictures"),
         ({"masked": torch.zeros(2, 12, dtype=torch.bool)}, "mask_token"),
         ({"masked": torch.zeros(2, 9, dtype=torch.bool), "mask_token": torch.zeros(24)}, r"\(2, 9\).*\(2, 12\)"),
     ],
