@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ssd.backbones.base import Attention, Backbone, create, say_padding, tap_names
 from ssd.backbones.drop_path import set_drop_path
 from ssd.backbones.positions import sincos_positions
+from ssd.backbones.post_norm import WITH_POST_NORM, normalise_behind
 from ssd.batch import Tokens
 from ssd.errors import UserError
 
@@ -46,6 +47,8 @@ class ViT(Backbone):
         rgb_channels: which channels are red, green and blue, counted from 0, where `weights` are of an RGB network and
             the pictures have more channels; null = the first three.
         fixed_positions: sines and cosines that are not trained (MAE) in place of learned positions.
+        post_norm: normalise behind each residual sum and behind the embedding instead of before, with no final norm
+            (data2vec 2.0). Plain timm has no such block, so it exports as safetensors only.
         arguments: further arguments of the timm model, for instance {depth: 4, embed_dim: 96}.
     """
 
@@ -64,6 +67,7 @@ class ViT(Backbone):
         weights: str | None = None,
         rgb_channels: list[int] | None = None,
         fixed_positions: bool = False,
+        post_norm: bool = False,
         arguments: dict[str, Any] | None = None,
     ):
         super().__init__(name, in_chans, drop_path_rate, rgb_channels)
@@ -75,6 +79,8 @@ class ViT(Backbone):
         kwargs |= {"dynamic_img_size": True, "dynamic_img_pad": True}
         if img_size is not None:
             kwargs["img_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
+        if post_norm:
+            kwargs["final_norm"] = False
         # without a pooling of timm's, the final norm is that of the tokens
         build = {**kwargs, "global_pool": "", "drop_path_rate": drop_path_rate}
         if timm.is_model(name) and not timm.models.is_model_in_modules(name, FAMILIES):
@@ -82,6 +88,8 @@ class ViT(Backbone):
                 f"'{name}' is not a vision transformer that ViT can adapt. Use ConvNet for networks that answer "
                 "a map of features, or a name such as vit_small_patch16_224 or vit_small_patch16_dinov3."
             )
+        if post_norm and timm.models.is_model_in_modules(name, {"eva"}):
+            raise UserError(f"post_norm: the blocks of '{name}' are built another way. {WITH_POST_NORM}")
         model = create(name, build, arguments)
         if hasattr(model, "dist_token"):
             raise UserError(f"'{name}' has a distillation token, which no method here uses. Use the name without it.")
@@ -89,6 +97,7 @@ class ViT(Backbone):
             raise UserError(f"stem: '{stem}' is unknown. Choose one of {', '.join(STEMS)}.")
         self.convolved = stem == "conv"
         self.edits = convolve_stem(model, name) if self.convolved else []
+        self.edits += normalise_behind(model, name) if post_norm else []
         set_drop_path(model.blocks, drop_path_rate, drop_path_rule)
         model.global_pool = "avg" if model.cls_token is None else "token"
         self.model = model

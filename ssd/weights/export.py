@@ -161,8 +161,10 @@ def check_request(
             "comes with the lines that rebuild it."
         )
     if to == "timm" and about["edits"]:
+        lines = [edit.partition("\n")[0] for edit in about["edits"]]
+        changes = "; ".join(line for line in lines if not line.startswith(("import ", "from ")))
         raise UserError(
-            f"'{about['name']}' was changed in a way that timm has no setting for ({'; '.join(about['edits'])}), so "
+            f"'{about['name']}' was changed in a way that timm has no setting for ({changes}), so "
             "plain timm cannot load it. Export to safetensors, which comes with the lines that rebuild it."
         )
     if out.exists() and not out.is_dir():

@@ -72,6 +72,17 @@ def test_a_stem_of_convolutions_leaves_as_safetensors_with_the_line_that_rebuild
     assert "torch.nn.BatchNorm2d(12)" in report.code and "ssd" not in report.code
 
 
+def test_blocks_that_normalise_behind_leave_with_the_lines_that_rebuild_them(tmp_path):
+    """In a fresh process: the lines hold the class itself."""
+    backbone = tiny_vit(img_size=32, post_norm=True, fixed_positions=True, arguments={"no_embed_class": True})
+    said = r"class PostNormBlock\(Block\):; for block in model\.blocks:; model\.norm_pre = .*plain timm cannot load"
+    with pytest.raises(UserError, match=said) as refusal:
+        export_backbone(backbone, tmp_path / "out", "timm", input_size=32, **THREE)
+    assert "\n" not in str(refusal.value)
+    report = export_backbone(backbone, tmp_path / "out", "safetensors", input_size=48, **THREE)
+    assert report.difference <= 1e-5 and "ssd" not in report.code
+
+
 @pytest.mark.parametrize("to", ["timm", "safetensors"])
 @pytest.mark.parametrize(
     "backbone",
