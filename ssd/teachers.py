@@ -51,22 +51,31 @@ class EMA(Teacher):
         buffers: what becomes of batch-norm statistics. "own": the teacher normalises by batch and gathers
             its own (DINO, MOKD); "average": they are averaged like parameters and the teacher evaluates.
         without: parameters of the student itself that the teacher has no use for, and so not at all (a mask token).
+        shared: beginnings of the names of parameters that the teacher has from the student as they are, and not as averages.
     """
 
     follows = True
 
-    def __init__(self, student: nn.Module, buffers: str = "own", without: Sequence[str] = ()):
+    def __init__(
+        self, student: nn.Module, buffers: str = "own", without: Sequence[str] = (), shared: Sequence[str] = ()
+    ):
         if buffers not in ("own", "average"):
             raise UserError(f"buffers: '{buffers}' is not a policy. Use 'own' or 'average'.")
         network = copy.deepcopy(student)
         for name in without:
             network.register_parameter(name, None)
+        for beginning in shared:
+            if not any(name.startswith(beginning) for name, _ in network.named_parameters()):
+                raise UserError(
+                    f"the student has no parameters '{beginning}...' for its teacher to share. Leave it out."
+                )
         super().__init__(network, trains=buffers == "own")
         self.buffers_policy = buffers
+        self.shared = tuple(shared)
 
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:
-        """teacher <- m teacher + (1 - m) student for every parameter, in one fused call.
+        """teacher <- m teacher + (1 - m) student for every parameter, in one fused call; what is shared is copied.
 
         Matched by name: the student may hold more (a mask token), never less.
         """
@@ -75,9 +84,13 @@ class EMA(Teacher):
         if self.buffers_policy == "average":
             theirs |= {name: buffer for name, buffer in student.named_buffers() if buffer.is_floating_point()}
             mine |= {name: buffer for name, buffer in self.network.named_buffers() if buffer.is_floating_point()}
-        olds = [own_part(mine[name]) for name in mine]
-        news = [own_part(theirs[name].detach()) for name in mine]
-        torch._foreach_lerp_(olds, news, 1 - momentum)
+        shared = [name for name in mine if name.startswith(self.shared)]
+        averaged = [name for name in mine if name not in shared]
+        for names, weight in ((averaged, 1 - momentum), (shared, 1.0)):
+            if names:
+                olds = [own_part(mine[name]) for name in names]
+                news = [own_part(theirs[name].detach()) for name in names]
+                torch._foreach_lerp_(olds, news, weight)
 
 
 class Frozen(Teacher):

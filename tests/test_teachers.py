@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from ssd.errors import UserError
 from ssd.teachers import EMA, Frozen
 
 
@@ -84,3 +85,21 @@ def test_what_a_teacher_is_made_without_is_not_in_its_state_and_the_student_keep
     assert teacher.network.mask_token is None and student.mask_token is not None
     assert set(student.state_dict()) - set(teacher.network.state_dict()) == {"mask_token"}
     teacher.update(student, 0.5)
+
+
+def test_what_is_shared_is_copied_to_the_bit_and_the_rest_averaged():
+    student = network()
+    teacher = EMA(student, shared=("0.",))
+    old = {name: value.clone() for name, value in teacher.network.named_parameters()}
+    with torch.no_grad():
+        for p in student.parameters():
+            p.normal_()
+    teacher.update(student, 0.9)
+    theirs = dict(student.named_parameters())
+    for name, value in teacher.network.named_parameters():
+        if name.startswith("0."):
+            assert torch.equal(value, theirs[name])
+        else:
+            assert_close(value, 0.9 * old[name] + 0.1 * theirs[name])
+    with pytest.raises(UserError, match="'positions\\.\\.\\.' for its teacher"):
+        EMA(student, shared=("positions",))
