@@ -54,7 +54,7 @@ class StepReport:
         total: what was minimised.
         gradient_norm: L2 norm over all trained parameters before clipping.
         teacher_entropy: mean entropy of the targets `probs` in nats, where it was asked for and there are such.
-        measures: what the method's `measures` says of the targets, where it was asked for.
+        measures: what the method's `measures` says of the targets and its `Terms` of the student, where it was asked for.
         uses: kind of target ("picture", "patch") -> how it uses its prototypes, where it was asked for.
         not_finite: what was not finite and made the step be skipped: names of terms, "total" where only
             their sum is not, and "gradient".
@@ -71,6 +71,18 @@ class StepReport:
     measures: dict[str, float] = field(default_factory=dict)
     uses: dict[str, TargetUse] = field(default_factory=dict)
     gradients: tuple[str, ...] = ()
+
+
+class Terms(dict[str, Tensor]):
+    """Loss terms of a slice, and beside them what is worth knowing of the student's answers.
+
+    Args:
+        measures: scalars on the device, which the report of a logged step gives as their mean over slices and ranks.
+    """
+
+    def __init__(self, terms: Mapping[str, Tensor], **measures: Tensor):
+        super().__init__(terms)
+        self.measures = measures
 
 
 class Step(Recorded, nn.Module):
@@ -179,7 +191,10 @@ class Step(Recorded, nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define targets")
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
-        """Student side, on a slice: raw terms, each a sum divided by a count of the whole step. Reads only."""
+        """Student side, on a slice: raw terms, each a sum divided by a count of the whole step. Reads only.
+
+        As `Terms` where more than they is to be known.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define losses")
 
     def update(self, targets: Targets) -> None:
@@ -306,6 +321,7 @@ class Step(Recorded, nn.Module):
 
         slices = self.micro_batches
         terms: dict[str, Tensor] = {}
+        answers: dict[str, Tensor] = {}
         total = torch.zeros((), device=next(self.student.parameters()).device)
         for number in range(slices):
             with accumulate() if number < slices - 1 else nullcontext():
@@ -315,13 +331,15 @@ class Step(Recorded, nn.Module):
             total = total + loss.detach()
             for name, term in part.items():
                 terms[name] = terms.get(name, 0) + term.detach()
+            for name, value in part.measures.items() if isinstance(part, Terms) else ():
+                answers[name] = answers.get(name, 0) + value.detach() / slices
 
         if scaler is not None:
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
         plans = self.optimized()
         norms = [gradient_norms(plan.module) for plan in plans]
-        report = self._agree(terms, total, norms, targets if measure else None)
+        report = self._agree(terms, total, norms, answers, targets if measure else None)
 
         if report.not_finite:
             for buffer, saved in statistics:
@@ -386,13 +404,18 @@ class Step(Recorded, nn.Module):
         ]
 
     def _agree(
-        self, terms: dict[str, Tensor], total: Tensor, norms: list[Tensor], targets: Targets | None
+        self,
+        terms: dict[str, Tensor],
+        total: Tensor,
+        norms: list[Tensor],
+        answers: dict[str, Tensor],
+        targets: Targets | None,
     ) -> StepReport:
         """Sums the terms over ranks and finds out whether all is finite on all of them. The step's one wait."""
-        measured = {} if targets is None else self.measures(targets)
+        measured = {} if targets is None else self.measures(targets) | answers
         used = {} if targets is None else measured_use(targets, centers_of(self))
-        about_targets = [value.detach().float()[None] for value in measured.values()]
-        means = torch.cat([total.new_zeros(0), *about_targets, *(state for _, state in used.values())])
+        of_measures = [value.detach().float()[None] for value in measured.values()]
+        means = torch.cat([total.new_zeros(0), *of_measures, *(state for _, state in used.values())])
         parts = torch.stack([*(term.float() for term in terms.values()), total.float()])
         norm = torch.linalg.vector_norm(torch.cat(norms))
         flags = torch.cat([~parts.isfinite(), ~norm.isfinite()[None]]).float()
@@ -405,8 +428,8 @@ class Step(Recorded, nn.Module):
             flagged = tuple(name for name in flagged if name != "total")
         rest = values[len(names) + 1 :]
         sums, (total_sum, norm_sum, *mean_sums) = rest[: len(terms)], rest[len(terms) :]
-        of_targets = [value / world_size() for value in mean_sums]
-        states = of_targets[len(measured) :]
+        found = [value / world_size() for value in mean_sums]
+        states = found[len(measured) :]
         uses = {
             kind: target_use(size, *states[4 * place : 4 * place + 4])
             for place, (kind, (size, _)) in enumerate(used.items())
@@ -418,7 +441,7 @@ class Step(Recorded, nn.Module):
             teacher_entropy=uses["picture"].entropy if "picture" in uses else None,
             not_finite=flagged,
             stop=bool(values[len(names)]),
-            measures=dict(zip(measured, of_targets, strict=False)),
+            measures=dict(zip(measured, found, strict=False)),
             uses=uses,
         )
 

@@ -17,6 +17,7 @@ from ssd.callbacks.checkpoints import AtomicCheckpointIO
 from ssd.callbacks.throughput import Throughput
 from ssd.diagnosis.batches import BATCH_FACTS, BatchFacts, diagnose_batch, first_views, guilty_rows, measure_batch
 from ssd.diagnosis.course import Look, Phase, diagnose_course, phase_of, temperatures_of
+from ssd.diagnosis.features import deviations_of
 from ssd.diagnosis.findings import Finding, is_news
 from ssd.diagnosis.networks import Watch, copies, diagnose_networks, moved, sampled_weights
 from ssd.diagnosis.origin import origin
@@ -151,6 +152,7 @@ class Doctor(pl.Callback):
             waiting=waiting,
             waited_of=seconds,
             temperatures=temperatures_of(pl_module, step),
+            deviations=deviations_of(report.measures),
         )
         self._looks = [*self._looks[-REMEMBERED:], look]
         self._norms = []

@@ -38,6 +38,7 @@ class Look:
         loss_scale: of 16-bit losses.
         waiting: share of the time since the look before that steps waited for data, of `waited_of` seconds.
         temperatures: of teacher and student.
+        deviations: of regressed features over tokens, "target" and "prediction", where a method regresses features.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Look:
     waiting: float | None = None
     waited_of: float = 0.0
     temperatures: tuple[float | None, float | None] = (None, None)
+    deviations: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,29 @@ def falling_rank(looks: Sequence[Look], phase: Phase) -> Finding | None:
     )
 
 
+def flat_features(looks: Sequence[Look], phase: Phase) -> Finding | None:
+    """Of targets at variance 1 over their dimensions: where they are alike for all tokens, there is nothing to predict, and
+    where predictions are, nothing was learned. The limits of the released data2vec 2.0."""
+    last = looks[-IN_A_ROW:]
+    if len(last) < IN_A_ROW or last[0].step < phase.settled:
+        return None
+    for what, limit in LEAST_DEVIATIONS.items():
+        found = [look.deviations[what] for look in last if what in look.deviations]
+        if len(found) == IN_A_ROW and max(found) < limit and found[-1] <= found[0]:
+            return Finding(
+                f"flat-{what}s",
+                looks[-1].step,
+                f"{what}s of different tokens are nearly alike: they deviate by {found[-1]:.2g} where their dimensions "
+                "deviate by 1.",
+                "Go on from a checkpoint before it, with a third of lr and momentum nearer 1.",
+                severity=limit / max(found[-1], 1e-9),
+            )
+    return None
+
+
+LEAST_DEVIATIONS = {"target": 0.1, "prediction": 0.01}
+
+
 # ---------------------------------------------------------------------- rates
 
 
@@ -361,6 +386,7 @@ RULES: tuple[Rule, ...] = (
     dead_prototypes,
     runaway_center,
     falling_rank,
+    flat_features,
     rate_too_high,
     rate_too_low,
     exploding_gradient,

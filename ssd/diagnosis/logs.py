@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ssd.diagnosis.course import Look, Phase, diagnose_course
+from ssd.diagnosis.features import logged_deviations
 from ssd.diagnosis.findings import Finding, is_news
 from ssd.diagnosis.targets import TargetUse
 
@@ -68,6 +69,7 @@ def looks_of(
                 skipped=round(skips[-1][1] - before[1]),
                 recent=step - before[0],
                 temperatures=temperatures(step),
+                deviations=logged_deviations(row),
             )
         )
     return looks

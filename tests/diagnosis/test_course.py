@@ -53,6 +53,10 @@ HEALTHY = {
     "a loss that rises with targets": {"terms": lambda n: {"dino": min(4 + 0.5 * n, 7.4)}},
     "a loader that is slow to start": {"waiting": lambda n: 0.9 if n < 2 else 0.1, "waited_of": lambda n: 2.0},
     "a scaler that searches": {"loss_scale": 4096.0, "skipped": lambda n: 5 if n < 5 else 0, "recent": 50},
+    "predictions that begin flat, and a target that is flat for once": {
+        "deviations": lambda n: {"target": 0.05 if n == 20 else 0.5, "prediction": 0.001 if n < 5 else 0.3}
+    },
+    "predictions that rise from nothing, late": {"deviations": lambda n: {"target": 0.5, "prediction": 1e-4 * 1.2**n}},
     "a centre that follows": {"uses": lambda n: {"picture": use(center_share=1.3 + 0.01 * n)}},
 }
 
@@ -68,6 +72,8 @@ FAULTY = {
     "dead-prototypes": {"uses": lambda n: {"picture": use(0.3, 3.0)}},
     "runaway-center": {"uses": lambda n: {"picture": use(center_share=1.0 + n)}},
     "falling-rank": {"rank": lambda n: 40.0 if n < 15 else 1.2},
+    "flat-targets": {"deviations": lambda n: {"target": 0.5 if n < 10 else 0.02, "prediction": 0.3}},
+    "flat-predictions": {"deviations": lambda n: {"target": 0.5, "prediction": 0.3 if n < 10 else 0.002}},
     "lr-too-high": {"update": 0.4},
     "lr-too-low": {"update": 1e-7},
     "exploding-gradient": {"gradient_norm": lambda n: 1.0 if n < 10 else 1e4},
@@ -84,7 +90,7 @@ def test_each_fault_is_named_and_no_other(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["uniform-collapse", "one-hot-collapse", "dead-prototypes", "rising-loss", "falling-rank"]
+    "kind", ["uniform-collapse", "one-hot-collapse", "dead-prototypes", "rising-loss", "falling-rank", "flat-targets"]
 )
 def test_collapse_is_no_matter_before_a_run_has_settled(kind):
     assert kinds(40, FAULTY[kind], phase=Phase(total_steps=10_000, settled=500)) == []
