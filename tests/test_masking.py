@@ -268,7 +268,9 @@ def test_disjoint_masks_follow_the_card_for_part_of_the_tokens():
     assert ((masks[0] & masks[1]).sum(1) == 118 - fresh).all()
 
 
-@pytest.mark.parametrize("keep, adjust, grid, kept", [(0.2, 0.07, 14, 39), (0.25, 0.1, 14, 49), (0.2, 0.07, 8, 12)])
+@pytest.mark.parametrize(
+    "keep, adjust, grid, kept", [(0.2, 0.07, 14, 39), (0.25, 0.1, 14, 49), (0.25, 0.1, 16, 64), (0.2, 0.07, 8, 12)]
+)
 def test_inverse_squares_keep_what_the_card_says(keep, adjust, grid, kept):
     masks = InverseSquareMasks(keep, adjust=adjust).draw(3, 20, (grid, grid), 0, 0)
     assert ((~masks).sum(2) == kept).all()
