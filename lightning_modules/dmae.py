@@ -31,7 +31,8 @@ class DMAE(SelfDistillation):
         backbone: the ViT that is pretrained.
         teacher: a frozen ViT with the same patches, for instance ViT with the weights of a longer MAE run.
         views: recipe with one "global" view or more.
-        masks: which patches both networks do not see, the same number in each sample.
+        masks: which patches both networks do not see, the same number in each sample; a ratio of 0, with `pixel_weight` 0,
+            shows them all.
         student_block, teacher_block: the blocks whose outputs are matched; null is three quarters of the way through.
         distance: of features at unit length, "l1" or "l2", its mean over dimensions: about .035 for unrelated ones of 1,024.
         feature_weight: of that term beside the pixels'.
@@ -79,11 +80,11 @@ class DMAE(SelfDistillation):
             network.require("visible", "taps", "until", by="DMAE")
         self.student_block = three_quarters(backbone) if student_block is None else student_block
         self.teacher_block = three_quarters(teacher) if teacher_block is None else teacher_block
+        self.pixel_weight = pixel_weight
         self._check(backbone, teacher, masks, distance)
         self.masking = {"global": masks}
         self.distance = distance
         self.feature_weight = feature_weight
-        self.pixel_weight = pixel_weight
         self.normalize_pixels = normalize_pixels
         self.patch = int(backbone.patch_size)  # type: ignore[arg-type]
 
@@ -123,7 +124,7 @@ class DMAE(SelfDistillation):
         """Nothing: the teacher is frozen."""
 
     def _check(self, backbone: Backbone, teacher: Backbone, masks: Masking, distance: str) -> None:
-        require_exact(masks)
+        require_exact(masks, nothing_hidden=self.pixel_weight == 0)
         if not isinstance(backbone.patch_size, int) or backbone.patch_size != teacher.patch_size:
             raise UserError(
                 f"patches of the student are {backbone.patch_size} px and the teacher's {teacher.patch_size}: both see the "

@@ -129,10 +129,13 @@ def has_cls(backbone: Backbone) -> bool:
     return getattr(backbone.model, "cls_token", None) is not None
 
 
-def require_exact(masks: Masking) -> None:
-    """Raises UserError for masks that hide another number in each sample."""
+def require_exact(masks: Masking, nothing_hidden: bool = False) -> None:
+    """Raises UserError for masks that hide another number in each sample, and for ones that hide nothing unless that is
+    allowed."""
     if not masks.exact:
         raise UserError(f"masks: {type(masks).__name__} hides another number in each sample. Use RandomMasks.")
+    if getattr(masks, "ratio", None) == 0 and getattr(masks, "keep", None) is None and not nothing_hidden:
+        raise UserError("masks: a ratio of 0 hides nothing, so that nothing is left to predict. Use a share above 0.")
 
 
 def square_patch(backbone: Backbone) -> int:
@@ -165,6 +168,7 @@ def painted(network: MaskedBranch, pictures: Tensor, masks: Masks, normalized: b
 
 
 def mean_over_hidden(error: Tensor, masks: Masks, total: int) -> Tensor:
-    """Of (M, B, N) the sum over hidden places, divided by their number in the whole step of `total` samples."""
-    hidden = masks.boolean.sum(-1)[0, 0]  # the same in all
+    """Of (M, B, N) the sum over hidden places, divided by their number in the whole step of `total` samples; 0 where nothing
+    is hidden."""
+    hidden = masks.boolean.sum(-1)[0, 0].clamp_min(1)  # the same in all
     return torch.where(masks.boolean, error, 0).sum() / (len(masks.boolean) * hidden * total)

@@ -137,3 +137,18 @@ def test_what_cannot_be_is_refused(settings, said):
         settings = {"teacher": ViT("vit_tiny_patch16_224", img_size=32, arguments=arguments)}
     with pytest.raises(UserError, match=said):
         tiny(**settings)
+
+
+def test_without_pixels_all_patches_may_be_seen():
+    """Plain regression of features: nothing is hidden, so pixels cost nothing and the features are of whole pictures."""
+    module = tiny(masks=RandomMasks(0.0), pixel_weight=0.0)
+    batch = masked_batch(module, 3, 0)
+    with torch.no_grad():
+        targets = module.targets(batch)
+        found = module.losses(batch, targets)
+        whole = module.teacher(batch.views["global"][0], taps=(3,), until=3).taps["block3"]
+    assert targets.features.shape == (1, 3, 17, 40)
+    assert_close(targets.features[0], F.normalize(whole, dim=-1))
+    assert found["pixel"] == 0 and found["feature"] > 0
+    with pytest.raises(UserError, match="a ratio of 0 hides nothing"):
+        tiny(masks=RandomMasks(0.0))

@@ -10,7 +10,7 @@ from ssd.backbones.vit import ViT
 from ssd.batch import Batch, Masks
 from ssd.errors import UserError
 from ssd.masked_branch import Decoded, MaskedBranch, painted, pixel_targets
-from ssd.masking.recipes import BlockMasks
+from ssd.masking.recipes import BlockMasks, RandomMasks
 from ssd.normalisers import patchified
 from ssd.views.recipes import CropViews
 from tests.contract import MethodContract, start
@@ -159,6 +159,7 @@ def test_a_constant_answer_costs_the_variance_of_standardised_pixels():
     ("settings", "said"),
     [
         ({"masks": BlockMasks()}, "Use RandomMasks"),
+        ({"masks": RandomMasks(0.0)}, "a ratio of 0 hides nothing"),
         ({"decoder_heads": 3}, "heads that divide the width"),
     ],
 )
