@@ -1,6 +1,6 @@
 """Everything that `ssd verify parity` compares, in the order of its table."""
 
-from ssd.parity import mask_statistics, parts, trajectories
+from ssd.parity import mask_statistics, masked_parts, masked_trajectories, parts, trajectories
 from ssd.parity.compare import Case
 
 ROUNDING = 5e-6
@@ -44,6 +44,14 @@ CASES = (
     Case("masks, filled blocks, counts", EXACT, mask_statistics.filled_counts),
     Case("masks, inverse blocks (CAPI)", SAMPLING, mask_statistics.inverse_blocks, rounds=False),
     Case("masks, inverse blocks, counts", EXACT, mask_statistics.inverse_counts),
+    Case("masks, random (MAE)", SAMPLING, masked_parts.random_masks, rounds=False),
+    Case("masks, random, visible counts", EXACT, masked_parts.visible_counts),
+    Case("features of a target", ROUNDING, masked_parts.features),
+    Case("pixels of a target", ROUNDING, masked_parts.pixels),
+    Case("distances of features", ROUNDING, masked_parts.distances),
+    Case("mean over hidden patches", ROUNDING, masked_parts.over_hidden),
+    Case("fixed positions", ROUNDING, masked_parts.positions),
+    Case("masked decoder", ROUNDING, masked_parts.decoder),
     Case("DINO, 20 steps", TWENTY_STEPS, trajectories.dino),
     Case("iBOT, 20 steps", TWENTY_STEPS, trajectories.ibot),
     Case("DINOv2, centring, one head, 20 steps", TWENTY_STEPS, trajectories.dinov2_centring),
@@ -51,4 +59,8 @@ CASES = (
     Case("DINOv3 with Gram, 20 steps", TWENTY_STEPS, trajectories.dinov3),
     Case("Franca, 20 steps", TWENTY_STEPS, trajectories.franca),
     Case("RandomTeacher, 20 steps", TWENTY_STEPS, trajectories.random_teacher),
+    Case("MAE, 20 steps", TWENTY_STEPS, masked_trajectories.mae),
+    Case("dBOT of two stages, 20 steps", TWENTY_STEPS, masked_trajectories.dbot),
+    Case("DMAE, 20 steps", TWENTY_STEPS, masked_trajectories.dmae),
+    Case("further pretraining of two stages, 20 steps", TWENTY_STEPS, masked_trajectories.further_pretraining),
 )

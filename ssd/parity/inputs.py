@@ -66,6 +66,15 @@ def masks(step: int, tokens: int = 16) -> Tensor:
     return table
 
 
+def equal_masks(step: int, tokens: int = 16, shown: int = 4) -> Tensor:
+    """(1, 8, tokens) bool: crops that show the same number of tokens, others in each sample and step."""
+    table = torch.ones(1, 8, tokens, dtype=torch.bool)
+    for sample in range(8):
+        for number in range(shown):
+            table[0, sample, (5 * number + 3 * sample + 7 * step) % tokens] = False
+    return table
+
+
 def digest(values: Tensor) -> list[float]:
     """A tensor in few numbers: all of a short one, else sums with weights of 0.5 to 1 and either sign, divided by the root
     of the count, so that no element can be wrong unseen."""

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ssd.backbones.vit import ViT
-from ssd.batch import Batch
+from ssd.batch import Batch, Masks
 from ssd.masking.batch import packed
 from ssd.optim import Clip
 from ssd.parity.inputs import fill, masks, pictures, without_key_bias
 from ssd.schedules import Cosine, Linear
 from ssd.step import Step
+from ssd.teachers import NoTeacher
 from ssd.views.recipes import DINOViews, PlainViews
 
 STEPS, PER_EPOCH, SAMPLES = 20, 5, 8
@@ -41,7 +42,7 @@ def dino(device: torch.device) -> dict[str, Tensor]:
         freeze_last_layer="1 epochs",
         norm_last_layer=False,
     )
-    return run(module, device, masked=False)
+    return run(module, device, masked=None)
 
 
 def ibot(device: torch.device) -> dict[str, Tensor]:
@@ -138,25 +139,39 @@ def random_teacher(device: torch.device) -> dict[str, Tensor]:
         fill(other, "another ")
         blend(module.student, other, 0.3)
 
-    return run(module, device, masked=False, after_filling=between_two_draws)
+    return run(module, device, masked=None, after_filling=between_two_draws)
 
 
-def batch_of(module: Step, step: int, masked: bool) -> Batch:
-    """The pictures of a step, by the views that the method has, and its masks by the fixed table."""
+def batch_of(module: Step, step: int, masked: Callable[[int], Masks] | None) -> Batch:
+    """The pictures of a step, by the views that the method has, and its masks by a fixed table."""
     views = {
         kind: pictures(kind, step, len(each), SAMPLES, 3, each[0].size, each[0].size)
         for kind, each in module.views.kinds().items()
     }
-    tables = {"global": packed(masks(step).numpy(), 1, 64)} if masked else {}
+    tables = {} if masked is None else {"global": masked(step)}
     return Batch(views=views, index=torch.arange(SAMPLES), total=SAMPLES, masks=tables)
 
 
+def of_many_sizes(step: int) -> Masks:
+    return packed(masks(step).numpy(), 1, 64)
+
+
 def run(
-    module: Step, device: torch.device, masked: bool = True, after_filling: Callable[[], None] | None = None
+    module: Step,
+    device: torch.device,
+    masked: Callable[[int], Masks] | None = of_many_sizes,
+    after_filling: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
+    """Every loss term and the gradients' norm by step; centres and how far each weight of student and teacher went.
+
+    Args:
+        masked: step -> the masks of its global views; None for a method without.
+        after_filling: what a method does before its first step, once weights are there.
+    """
     module.to(device).train()
     networks: dict[str, nn.Module] = {"student": module.student}
-    networks["teacher"] = module.teacher.network  # type: ignore[assignment]
+    if not isinstance(module.teacher, NoTeacher):
+        networks["teacher"] = module.teacher.network  # type: ignore[assignment]
     for network in networks.values():
         fill(network)
     if getattr(module, "gram_teacher", None) is not None:

@@ -1,6 +1,6 @@
 """The restatement of each case of `ssd verify parity`, by its name in the table."""
 
-from tests.parity import restated_masks, restated_parts, restated_trajectories
+from tests.parity import restated_masked, restated_masks, restated_parts, restated_trajectories
 
 RESTATED = {
     "random numbers of places": restated_parts.random_numbers,
@@ -32,6 +32,14 @@ RESTATED = {
     "masks, filled blocks, counts": restated_masks.filled_counts,
     "masks, inverse blocks (CAPI)": restated_masks.inverse_blocks,
     "masks, inverse blocks, counts": restated_masks.inverse_counts,
+    "masks, random (MAE)": restated_masked.random_masks,
+    "masks, random, visible counts": restated_masked.visible_counts,
+    "features of a target": restated_masked.features,
+    "pixels of a target": restated_masked.pixels,
+    "distances of features": restated_masked.distances,
+    "mean over hidden patches": restated_masked.over_hidden,
+    "fixed positions": restated_masked.positions,
+    "masked decoder": restated_masked.decoder,
     "DINO, 20 steps": restated_trajectories.dino,
     "iBOT, 20 steps": restated_trajectories.ibot,
     "DINOv2, centring, one head, 20 steps": restated_trajectories.dinov2_centring,
@@ -39,4 +47,8 @@ RESTATED = {
     "DINOv3 with Gram, 20 steps": restated_trajectories.dinov3,
     "Franca, 20 steps": restated_trajectories.franca,
     "RandomTeacher, 20 steps": restated_trajectories.random_teacher,
+    "MAE, 20 steps": restated_masked.mae,
+    "dBOT of two stages, 20 steps": restated_masked.dbot,
+    "DMAE, 20 steps": restated_masked.dmae,
+    "further pretraining of two stages, 20 steps": restated_masked.further_pretraining,
 }

@@ -31,6 +31,14 @@ def head_shapes(prefix, width, hidden, bottleneck, prototypes, last):
     return shapes | {f"{prefix}last_layer.weight": (prototypes, bottleneck)}
 
 
+def block_shapes(width):
+    block = {"norm1.weight": (width,), "norm1.bias": (width,), "norm2.weight": (width,), "norm2.bias": (width,)}
+    block |= {"attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,)}
+    block |= {"attn.proj.weight": (width, width), "attn.proj.bias": (width,)}
+    block |= {"mlp.fc1.weight": (4 * width, width), "mlp.fc1.bias": (4 * width,)}
+    return block | {"mlp.fc2.weight": (width, 4 * width), "mlp.fc2.bias": (width,)}
+
+
 def backbone_shapes(registers=0, scales=None, rotary=False, prefix="backbone.model."):
     """`scales` is how the factors of residual branches 1 and 2 are called, with {} for the number."""
     shapes = {"cls_token": (1, 1, WIDTH), "norm.weight": (WIDTH,), "norm.bias": (WIDTH,)}
@@ -40,11 +48,9 @@ def backbone_shapes(registers=0, scales=None, rotary=False, prefix="backbone.mod
     if not rotary:
         shapes["pos_embed"] = (1, 16 + 1 + registers, WIDTH)
     for number in range(DEPTH):
-        block = {"norm1.weight": (WIDTH,), "norm1.bias": (WIDTH,), "norm2.weight": (WIDTH,), "norm2.bias": (WIDTH,)}
-        block |= {"attn.qkv.weight": (3 * WIDTH, WIDTH)} | ({} if rotary else {"attn.qkv.bias": (3 * WIDTH,)})
-        block |= {"attn.proj.weight": (WIDTH, WIDTH), "attn.proj.bias": (WIDTH,)}
-        block |= {"mlp.fc1.weight": (4 * WIDTH, WIDTH), "mlp.fc1.bias": (4 * WIDTH,)}
-        block |= {"mlp.fc2.weight": (WIDTH, 4 * WIDTH), "mlp.fc2.bias": (WIDTH,)}
+        block = block_shapes(WIDTH)
+        if rotary:
+            del block["attn.qkv.bias"]
         if scales is not None:
             block |= {scales.format(1): (WIDTH,), scales.format(2): (WIDTH,)}
         shapes |= {f"blocks.{number}.{name}": shape for name, shape in block.items()}
@@ -115,9 +121,30 @@ def rotated(x, side):
     return x * angle.cos() + torch.cat([-x[..., 6:], x[..., :6]], -1) * angle.sin()
 
 
+def part(p, prefix):
+    return {name.removeprefix(prefix): value for name, value in p.items() if name.startswith(prefix)}
+
+
+def block(b, x, heads, eps, turned=None):
+    """(B, N, D) through one block of weights `b`; `turned` is what positions do to queries and keys (B, heads, N, d)."""
+    count, _, width = x.shape
+    scales = [b.get(f"ls{i}.gamma", b.get(f"gamma_{i}", 1.0)) for i in (1, 2)]
+    y = layer_norm(x, b["norm1.weight"], b["norm1.bias"], eps)
+    q, k, v = (y @ b["attn.qkv.weight"].T + b.get("attn.qkv.bias", 0.0)).chunk(3, -1)
+    q, k, v = (t.view(count, -1, heads, width // heads).transpose(1, 2) for t in (q, k, v))
+    if turned is not None:
+        q, k = turned(q), turned(k)
+    attention = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(width // heads), -1)
+    y = (attention @ v).transpose(1, 2).reshape(count, -1, width)
+    x = x + scales[0] * (y @ b["attn.proj.weight"].T + b["attn.proj.bias"])
+    y = layer_norm(x, b["norm2.weight"], b["norm2.bias"], eps)
+    y = gelu(y @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"]) @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"]
+    return x + scales[1] * y
+
+
 def backbone(p, x, masked=None, token=None, rotary=False, norm=None, prefix="backbone.model."):
     """(B, 3, H, W), masked (B, N) bool -> class tokens (B, D) and patches (B, N, D), behind the final norm."""
-    w = {name.removeprefix(prefix): value for name, value in p.items() if name.startswith(prefix)}
+    w = part(p, prefix)
     count, side, eps = len(x), x.shape[-1] // PATCH, 1e-5 if rotary else 1e-6
     x = x.view(count, 3, side, PATCH, side, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(count, side * side, -1)
     x = x @ w["patch_embed.proj.weight"].reshape(WIDTH, -1).T + w["patch_embed.proj.bias"]
@@ -128,21 +155,9 @@ def backbone(p, x, masked=None, token=None, rotary=False, norm=None, prefix="bac
     x = torch.cat([first.expand(count, -1, -1), x], 1)
     if not rotary:
         x = x + positions(w["pos_embed"], before, side)
+    turned = (lambda t: torch.cat([t[:, :, :before], rotated(t[:, :, before:], side)], 2)) if rotary else None
     for number in range(DEPTH):
-        b = {name.removeprefix(f"blocks.{number}."): v for name, v in w.items() if name.startswith(f"blocks.{number}.")}
-        scales = [b.get(f"ls{i}.gamma", b.get(f"gamma_{i}", 1.0)) for i in (1, 2)]
-        y = layer_norm(x, b["norm1.weight"], b["norm1.bias"], eps)
-        q, k, v = (y @ b["attn.qkv.weight"].T + b.get("attn.qkv.bias", 0.0)).chunk(3, -1)
-        q, k, v = (t.view(count, -1, HEADS, WIDTH // HEADS).transpose(1, 2) for t in (q, k, v))
-        if rotary:
-            q = torch.cat([q[:, :, :before], rotated(q[:, :, before:], side)], 2)
-            k = torch.cat([k[:, :, :before], rotated(k[:, :, before:], side)], 2)
-        attention = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(WIDTH // HEADS), -1)
-        y = (attention @ v).transpose(1, 2).reshape(count, -1, WIDTH)
-        x = x + scales[0] * (y @ b["attn.proj.weight"].T + b["attn.proj.bias"])
-        y = layer_norm(x, b["norm2.weight"], b["norm2.bias"], eps)
-        y = gelu(y @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"]) @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"]
-        x = x + scales[1] * y
+        x = block(part(w, f"blocks.{number}."), x, HEADS, eps, turned)
     weight, bias = (w["norm.weight"], w["norm.bias"]) if norm is None else norm
     x = layer_norm(x, weight, bias, eps)
     return x[:, 0], x[:, before:]

@@ -34,13 +34,20 @@ def warmed(peak, i):
 
 
 class Learner:
-    """AdamW by hand over a table of weights, by one of two families of rules; and the teacher's average."""
+    """AdamW by hand over a table of weights, by one of three families of rules; and the teacher's average.
 
-    def __init__(self, student, rules, clip=None, untrained=()):
+    By the rules "masked" the rate is what `learn` is given, and `decay` that of all but biases and vectors.
+    """
+
+    def __init__(self, student, rules, clip=None, untrained=(), decay=None):
         self.student, self.rules, self.clip, self.untrained = student, rules, clip, untrained
-        self.moments = {n: (torch.zeros_like(p), torch.zeros_like(p), 0) for n, p in student.items()}
+        self.decay, self.second = decay, 0.95 if rules == "masked" else 0.999
+        self.forget()
         self.start = {name: p.detach().clone() for name, p in student.items()}
         self.curves = {}
+
+    def forget(self):
+        self.moments = {n: (torch.zeros_like(p), torch.zeros_like(p), 0) for n, p in self.student.items()}
 
     def trained(self):
         return {name: p for name, p in self.student.items() if name not in self.untrained}
@@ -60,13 +67,17 @@ class Learner:
                     continue  # the optimiser does not see it
                 first, second, count = self.moments[name]
                 first = 0.9 * first + 0.1 * clipped[name]
-                second = 0.999 * second + 0.001 * clipped[name] ** 2
+                second = self.second * second + (1 - self.second) * clipped[name] ** 2
                 self.moments[name] = first, second, count + 1
                 lr, decay = self.rates(i, name, p, peak)
                 if self.rules == "dinov2" and frozen and last:
                     lr = 0.0  # it gathers moments alone
                 p.mul_(1 - lr * decay)
-                p.sub_(lr * (first / (1 - 0.9 ** (count + 1))) / ((second / (1 - 0.999 ** (count + 1))).sqrt() + 1e-8))
+                p.sub_(
+                    lr
+                    * (first / (1 - 0.9 ** (count + 1)))
+                    / ((second / (1 - self.second ** (count + 1))).sqrt() + 1e-8)
+                )
 
     def clipped(self, gradients):
         if self.clip is None:
@@ -74,6 +85,8 @@ class Learner:
         parts = {name: name for name in gradients}  # each tensor by itself
         if self.rules == "dinov2":
             parts = {n: "head" if n.startswith("head.") else "patch" if n[:6] == "patch_" else "net" for n in gradients}
+        if self.rules == "masked":
+            parts = dict.fromkeys(gradients, "all")
         norms = {}
         for name, part in parts.items():
             norms[part] = norms.get(part, 0.0) + float(gradients[name].square().sum())
@@ -82,6 +95,8 @@ class Learner:
     def rates(self, i, name, p, peak):
         if self.rules == "none":
             return 1e-3, 0.0
+        if self.rules == "masked":
+            return peak, 0.0 if name.endswith(".bias") or p.ndim == 1 else self.decay
         lr, decay = warmed(peak, i), fall(0.04, 0.4, i, STEPS)
         if self.rules == "dino":
             return lr, 0.0 if name.endswith(".bias") or p.ndim == 1 else decay

@@ -2,14 +2,24 @@
 
 import math
 import zlib
+from collections import defaultdict
 
 import pytest
 import torch
 
+import lightning_modules.dbot
 import lightning_modules.dino
+import lightning_modules.dmae
+import lightning_modules.further_pretraining as further
+import lightning_modules.mae
+import ssd.backbones.positions
+import ssd.backbones.vit
+import ssd.decoders
 import ssd.losses.prototype
+import ssd.normalisers
+import ssd.parity.masked_parts
 from lightning_modules.dinov3 import DINOv3
-from ssd.masking.recipes import BlockMasks
+from ssd.masking.recipes import BlockMasks, RandomMasks
 from ssd.optim import LARS, AdamW, Clip
 from ssd.parity.cases import CASES
 from ssd.parity.compare import Case, check, furthest, recorded
@@ -104,10 +114,76 @@ def other_epsilon(monkeypatch):
     monkeypatch.setattr(AdamW.__init__, "__defaults__", ((0.9, 0.999), 2e-8))
 
 
+def biased_variance(monkeypatch):
+    var_mean = torch.var_mean
+    biased = lambda values, dim, keepdim: var_mean(values, dim=dim, keepdim=keepdim, correction=0)
+    monkeypatch.setattr(ssd.normalisers.torch, "var_mean", biased)
+
+
+def corner_at_one(monkeypatch):
+    monkeypatch.setattr(lightning_modules.dbot.smooth_error, "__defaults__", (1.0,))
+
+
+def visible_count_too(monkeypatch):
+    mean = lambda error, masks, total: error.sum() / (error.shape[2] * total)
+    for place in (ssd.parity.masked_parts, lightning_modules.mae, lightning_modules.dmae, further):
+        monkeypatch.setattr(place, "mean_over_hidden", mean)
+
+
+def columns_for_rows(monkeypatch):
+    positions = ssd.backbones.positions.sincos_positions
+    swapped = lambda grid, dim: positions(tuple(grid), dim).roll(dim // 2, 1)
+    for place in (ssd.parity.masked_parts, ssd.decoders, ssd.backbones.vit):
+        monkeypatch.setattr(place, "sincos_positions", swapped)
+
+
+def hidden_twice(monkeypatch):
+    masks = RandomMasks.masks
+    monkeypatch.setattr(RandomMasks, "masks", lambda self, *place: masks(self, *place) | masks(self, *place))
+
+
+def moments_survive(monkeypatch):
+    class Kept(defaultdict):
+        clear = lambda self: None
+
+    build = Step.build_optimizers
+
+    def remembering(self):
+        optimizers = build(self)
+        for optimizer in optimizers:
+            optimizer.state = Kept(dict)
+        return optimizers
+
+    monkeypatch.setattr(Step, "build_optimizers", remembering)
+
+
+def student_goes_on(monkeypatch):
+    monkeypatch.setattr(further, "load_whole", lambda *_: None)
+
+
+def distance_is_a_mean(monkeypatch):
+    at = Step.at
+    off = lambda self, setting: at(self, setting) / (24 if setting == "distillation_weight" else 1)
+    monkeypatch.setattr(Step, "at", off)
+
+
+def matched_one_block_later(monkeypatch):
+    monkeypatch.setattr(lightning_modules.dmae, "three_quarters", lambda network: network.num_blocks)
+
+
 METHODS = [name for name in BY_NAME if name.endswith("20 steps")]
+MASKED = {
+    "MAE, 20 steps",
+    "dBOT of two stages, 20 steps",
+    "DMAE, 20 steps",
+    "further pretraining of two stages, 20 steps",
+}
+STAGED = {name for name in MASKED if "stages" in name}
+UNCLIPPED = {"RandomTeacher, 20 steps"} | MASKED - {"dBOT of two stages, 20 steps"}
+AVERAGED = set(METHODS) - {"RandomTeacher, 20 steps"} - MASKED
 FAULTS = [
-    (momentum_off, {"teacher average"} | set(METHODS) - {"RandomTeacher, 20 steps"}),
-    (temperature_off, set(METHODS) - {"RandomTeacher, 20 steps"}),  # whose temperatures are plain numbers
+    (momentum_off, {"teacher average"} | AVERAGED),
+    (temperature_off, AVERAGED),  # RandomTeacher's temperatures are plain numbers
     (
         two_iterations,
         {
@@ -120,7 +196,7 @@ FAULTS = [
     ),
     (same_view_counts, {"DINO, 20 steps"}),
     (centre_first, {"centring", "DINO, 20 steps", "iBOT, 20 steps", "DINOv2, centring, one head, 20 steps"}),
-    (clip_too_late, {"clipping"} | set(METHODS) - {"RandomTeacher, 20 steps"}),
+    (clip_too_late, {"clipping"} | set(METHODS) - UNCLIPPED),
     (anchored_once, {"DINOv3 with Gram, 20 steps"}),
     (no_trust, {"optimisers"}),
     (other_epsilon, {"optimisers"}),
@@ -134,10 +210,36 @@ def test_a_fault_is_seen_by_every_case_that_holds_it_and_by_no_other(fault, name
     assert {name for name in looked_at if not row(name)["ok"]} == named
 
 
+OF_MASKED = [case.name for case in CASES if case.compute.__module__.startswith("ssd.parity.masked")]
+MASKED_FAULTS = [
+    (biased_variance, {"features of a target", "pixels of a target"} | MASKED - {"DMAE, 20 steps"}),
+    (corner_at_one, {"distances of features", "dBOT of two stages, 20 steps"}),
+    (visible_count_too, {"mean over hidden patches"} | MASKED - {"dBOT of two stages, 20 steps"}),
+    (columns_for_rows, {"fixed positions", "masked decoder"} | MASKED),
+    (moments_survive, STAGED),
+    (student_goes_on, {"further pretraining of two stages, 20 steps"}),
+    (distance_is_a_mean, {"further pretraining of two stages, 20 steps"}),
+    (matched_one_block_later, {"DMAE, 20 steps"}),
+]
+
+
+@pytest.mark.parametrize("fault, named", MASKED_FAULTS, ids=[fault.__name__ for fault, _ in MASKED_FAULTS])
+def test_a_fault_of_masked_regression_is_seen_by_every_case_of_it_that_holds_it_and_by_no_other(
+    fault, named, monkeypatch
+):
+    fault(monkeypatch)
+    assert {name for name in OF_MASKED if not row(name)["ok"]} == named
+
+
 def test_blocks_of_another_size_are_another_law(monkeypatch):
     smaller_blocks(monkeypatch)
     found = row("masks, blocks (iBOT)")
     assert not found["ok"] and found["worst"] == "neighbours"
+
+
+def test_masks_that_show_fewer_are_another_law(monkeypatch):
+    hidden_twice(monkeypatch)
+    assert not row("masks, random (MAE)")["ok"] and not row("masks, random, visible counts")["ok"]
 
 
 # ---------------------------------------------------------------- how it is compared
