@@ -92,7 +92,11 @@ def test_the_command_alone_lists_verbs_and_configs_and_loads_no_torch():
 
 
 @pytest.mark.parametrize(
-    "verb", [*LIGHTNING_VERBS, *sorted(OWN_VERBS.keys() - {"bench"}), "bench data", "bench step", "bench evaluation"]
+    "verb",
+    [
+        *(*LIGHTNING_VERBS, *sorted(OWN_VERBS.keys() - {"bench"})),
+        *("bench data", "bench step", "bench masked", "bench evaluation"),
+    ],
 )
 def test_every_verb_explains_itself(verb, capsys):
     assert main([*verb.split(), "--help"]) == 0

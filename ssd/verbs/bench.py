@@ -1,5 +1,5 @@
-"""`ssd bench data`, `step` and `evaluation`: how fast this machine makes views, trains and probes, ours beside others' in one
-run."""
+"""`ssd bench data`, `step`, `masked` and `evaluation`: how fast this machine makes views, trains and probes, ours beside others'
+in one run."""
 
 import platform
 import time
@@ -16,6 +16,7 @@ from ssd.errors import UserError
 from ssd.native import views as native
 from ssd.summary import check_json, console, write_json
 from ssd.verbs.arguments import Parser, at_least_one
+from ssd.verbs.extraction import check_device
 
 EPILOG = "Both sides in turn; medians, and the lowest and highest of the ratios of each turn."
 
@@ -24,15 +25,17 @@ def run(argv: list[str]) -> int:
     benchmarks: dict[str, Callable[[list[str]], int]] = {
         "data": run_data,
         "step": run_step,
+        "masked": run_masked,
         "evaluation": run_evaluation,
     }
     parser = Parser(
         prog="ssd bench",
         description="Measures this machine, ours beside others' doing the same work. data: views of JPEG files. step: a "
-        "training step. evaluation: probes of cached features. ssd bench data --help and so on list what each takes.",
+        "training step. masked: what is saved where patches are hidden. evaluation: probes of cached features. ssd bench data "
+        "--help and so on list what each takes.",
         epilog=EPILOG,
     )
-    parser.add_argument("what", choices=list(benchmarks), metavar="data|step|evaluation", help="what to measure")
+    parser.add_argument("what", choices=list(benchmarks), metavar="data|step|masked|evaluation", help="what to measure")
     what = parser.parse_args(argv[:1]).what
     return benchmarks[what](argv[1:])
 
@@ -128,6 +131,48 @@ def run_step(argv: list[str]) -> int:
     for fact in facts:
         out.print(f"{fact['case']}: {fact['ours']:.1%} {fact['unit']}")
     write_json(arguments.json, [pair.row() for pair in pairs] + facts)
+    return 0
+
+
+def run_masked(argv: list[str]) -> int:
+    from ssd.benchmarks.masked import PARTS, Case, check, measure
+
+    parser = Parser(
+        prog="ssd bench masked",
+        description="What masked regression does not compute, beside the same network computing it. Parts: "
+        + "; ".join(f"{part}, {what}" for part, what in PARTS.items())
+        + ".",
+        epilog=EPILOG + " One thread is timed in processor time, more by the wall, for which nothing else should run.",
+    )
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what to measure; all")
+    parser.add_argument("--rounds", type=at_least_one, default=7, help="times that each pair runs")
+    parser.add_argument("--threads", type=at_least_one, default=2, help="of torch, on both sides")
+    parser.add_argument("--network", default=Case.network, help="timm's name of the ViT")
+    parser.add_argument("--size", type=at_least_one, default=Case.size, help="side of the pictures, px")
+    parser.add_argument("--batch", type=at_least_one, default=Case.batch, help="pictures in a pass")
+    parser.add_argument("--ratio", type=float, default=Case.ratio, help="share of patches that is hidden")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
+    arguments = parser.parse_args(argv)
+    check_json(arguments.json)
+    check_device(arguments.device)
+    out, threads = console(), torch.get_num_threads()
+    cases = [
+        Case(arguments.network, {}, arguments.size, arguments.batch, arguments.ratio, half, arguments.device)
+        for half in (False, True)
+    ]
+    check(cases[0])  # before anything is spent
+    torch.set_num_threads(arguments.threads)
+    pairs: list[Pair] = []
+    try:
+        for part in arguments.parts:
+            out.print(f"{part}: {PARTS[part]}")
+            pairs += [pair for case in cases for pair in measure(part, case, arguments.rounds)]
+    finally:
+        torch.set_num_threads(threads)
+    timed = "processor time of one thread" if arguments.threads == 1 else f"{arguments.threads} threads"
+    out.print(pairs_table(pairs, f"masked regression, {timed} on {platform.machine()}, torch {torch.__version__}"))
+    write_json(arguments.json, [pair.row() for pair in pairs])
     return 0
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from ssd.benchmarks import data as benchmark
+from ssd.benchmarks import masked
 from ssd.benchmarks.evaluation import clouds, train_layers
 from ssd.benchmarks.memory import peak_bytes
 from ssd.benchmarks.packed import packed_pass
@@ -145,6 +146,40 @@ def test_peak_bytes_counts_what_lives_at_once():
     assert peak_bytes(lambda: [torch.zeros(1000) for _ in range(3)]) == 12_000
     assert 4_000 <= peak_bytes(lambda: [torch.zeros(1000).sum() for _ in range(3)]) < 5_000
     assert peak_bytes(lambda: kept.view(10, 100)) == 0
+
+
+def test_bench_masked_prints_and_writes_every_part(tmp_path, capsys):
+    file = str(tmp_path / "rows.json")
+    small = ["--network", "test_vit", "--size", "64", "--batch", "2", "--rounds", "1", "--threads", "1"]
+    assert main(["bench", "masked", *small, "--json", file]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["case"].partition(" ")[0].strip(",") for row in rows} == set(masked.PARTS)
+    assert all(row["low"] <= row["ratio"] <= row["high"] and row["ours"] > 0 < row["baseline"] for row in rows)
+    assert "lowest to highest" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--parts", "everything"], "--parts"),
+        (["--ratio", "1"], "--ratio is 1"),
+        (["--ratio", "0.999", "--size", "64"], "leaves none"),
+        (["--network", "resnet50"], "not a vision transformer"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_bench_masked_says_what_is_wrong_before_it_measures(options, message, capsys):
+    assert main(["bench", "masked", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_masked_pass_is_of_a_quarter_of_the_patches():
+    case = masked.Case("test_vit", size=64)
+    network = case.backbone()
+    visible = case.visible(network)
+    places = network.grid(64, 64)[0] ** 2
+    assert visible.shape == (16, places // 4) and visible.max() < places
+    assert all(len(set(row)) == places // 4 for row in visible.tolist())
 
 
 def test_bench_evaluation_compares_equal_answers(tmp_path, capsys):
