@@ -81,10 +81,16 @@ def backbones_in(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
 
 
 def backbone_state(
-    checkpoint: Mapping[str, Any], network: str = "teacher", where: str = "the checkpoint"
+    checkpoint: Mapping[str, Any], network: str | None = None, where: str = "the checkpoint"
 ) -> dict[str, Tensor]:
-    """The timm state dict of the backbone of `network`, which may name a part, as "student" or "teacher.large"."""
+    """The timm state dict of the backbone of `network`, which may name a part, as "student" or "teacher.large".
+
+    None is the teacher's, and the student's where a method has no teacher that is like it (MAE, dBOT).
+    """
     found = backbones_in(checkpoint["state_dict"])
+    if network is None:
+        taught = any(name.partition(".")[0] == "teacher" for name in found)
+        network = "teacher" if taught or "student" not in found else "student"
     fitting = [name for name in found if name == network or name.startswith(f"{network}.")]
     if len(fitting) != 1:
         have = ", ".join(f"#{name}" for name in found) or "none"

@@ -27,8 +27,8 @@ def load_backbone_weights(backbone: "Backbone", weights: str) -> None:
     """Load what `weights` names, with every key accounted for.
 
     "timm" or "timm:TAG" (from the hub), an exported folder, a .safetensors or .pth file in timm's or a
-    public layout, or a checkpoint. `FILE#student` takes another network than the teacher. Learned
-    positions of another grid are resized bicubically, and an input layer for red, green and blue becomes one for
+    public layout, or a checkpoint: of its teacher, or of its student where no teacher is like it (MAE); `FILE#student` names
+    one. Learned positions of another grid are resized bicubically, and an input layer for red, green and blue becomes one for
     `backbone.in_chans` channels (`inflate_input`); that and what no backbone uses (a mask token, a
     classifier) is said. Anything else unknown, missing or mis-shaped is a UserError that lists it.
     """
@@ -47,7 +47,7 @@ def load_backbone_weights(backbone: "Backbone", weights: str) -> None:
 
 def read_weights(weights: str) -> Mapping[str, Tensor]:
     """The weights in a folder or file, without prefixes; keys may still be a public layout's."""
-    path, network = Path(weights), "teacher"
+    path, network = Path(weights), None
     if not path.exists() and "#" in weights:
         name, _, network = weights.rpartition("#")
         path = Path(name)
@@ -58,7 +58,7 @@ def read_weights(weights: str) -> Mapping[str, Tensor]:
     contents = read_file(path)
     if is_checkpoint(contents):
         return backbone_state(contents, network, str(path))
-    return read_public(contents, network, str(path)).backbone
+    return read_public(contents, network or "teacher", str(path)).backbone
 
 
 def exported_file(folder: Path) -> Path:

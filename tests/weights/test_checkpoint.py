@@ -59,6 +59,14 @@ def test_networks_that_are_not_there_or_not_one_are_listed(saved):
     assert backbone_state({"state_dict": more}, "teacher.small")["a"] == 1
 
 
+def test_without_a_teacher_like_the_student_the_student_is_meant():
+    """MAE has none, dBOT's is a bare backbone; who asks for the teacher by name is told."""
+    alone = {"student.backbone.model.a": torch.ones(1), "teacher.network.model.a": torch.zeros(1)}
+    assert backbone_state({"state_dict": alone})["a"] == 1
+    with pytest.raises(UserError, match=r"no backbone under 'teacher'.*#student"):
+        backbone_state({"state_dict": alone}, "teacher")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
 def test_a_truncated_checkpoint_is_one_clear_message(saved, share):
     path = saved[0]
