@@ -1,7 +1,7 @@
-"""Files of weights as DINO, iBOT, DINOv2 and DINOv3 publish them, turned into timm's names.
+"""Files of weights as DINO, iBOT, DINOv2, DINOv3 and data2vec 2.0 publish them, turned into timm's names.
 
 Training files hold `student` and `teacher`, each with a backbone and heads; releases hold a backbone alone,
-flat or under `state_dict`.
+flat or under `state_dict`. data2vec 2.0 publishes its student with the average of it inside.
 """
 
 import re
@@ -19,6 +19,8 @@ from ssd.weights.checkpoint import shortened
 MASK_TOKENS = ("mask_token", "masked_embed")
 TRAINING_ONLY = ("local_cls_norm.",)
 HEADS = ("head", "dino_head", "ibot_head")
+AVERAGE = "_ema"
+PICTURES = "modality_encoders.IMAGE."  # of data2vec 2.0, which also knows sound and text
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,21 @@ def find_state(contents: Any, network: str, where: str) -> Mapping[str, Tensor]:
         raise UserError(f"{where} has no network '{network}'. Name one after the file: #{', #'.join(networks)}.")
     for name in ("state_dict", "model"):
         if isinstance(contents.get(name), Mapping):
-            return contents[name]
+            return student_or_average(contents[name], network, where)
     if not contents or not all(isinstance(value, Tensor) for value in contents.values()):
         raise UserError(f"{where} holds no weights that are known here, but the keys {shortened(contents)}.")
     return contents
+
+
+def student_or_average(state: Mapping[str, Any], network: str, where: str) -> Mapping[str, Tensor]:
+    """One of both where a student's weights hold an average of themselves, in single precision and by the same names."""
+    if not isinstance(state.get(AVERAGE), Mapping):
+        return state
+    if network == "teacher":
+        return state[AVERAGE]
+    if network != "student":
+        raise UserError(f"{where} has no network '{network}'. Name one after the file: #teacher, #student.")
+    return {key: value for key, value in state.items() if key != AVERAGE}
 
 
 def classic_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,6 +98,8 @@ def timm_state(public: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tens
 
     Keys that are timm's already stay; what is neither is left for the caller to refuse.
     """
+    if any(key.startswith(PICTURES) for key in public):
+        return timm_state_of_data2vec(public, model)
     left_out = [key for key in public if key in MASK_TOKENS or key.startswith(TRAINING_ONLY)]
     public = {key: value for key, value in public.items() if key not in left_out}
     if "storage_tokens" in public or any(key.endswith(".attn.qkv.bias_mask") for key in public):
@@ -122,6 +137,39 @@ def timm_state_of_dinov3(public: Mapping[str, Tensor], model: Any) -> dict[str, 
                 continue
         state[key] = value
     return state
+
+
+def timm_state_of_data2vec(public: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """data2vec 2.0's names, and the keys of its decoder. Blocks may stand in two places, of which those of the picture
+    encoder come first; positions are of patches alone, so that other tokens get zeros where `model` gives them some.
+
+    Raises UserError where `model` does not normalise behind its embedding.
+    """
+    if "norm_pre.weight" not in model.state_dict():
+        raise UserError(
+            "weights of data2vec 2.0 are of a network that normalises behind each sum. Use ViT with post_norm: true."
+        )
+    own = {key.removeprefix(PICTURES): value for key, value in public.items() if key.startswith(PICTURES)}
+    first = {int(key.split(".")[2]) for key in own if key.startswith("context_encoder.blocks.")}
+    names = {"extra_tokens": "cls_token", "fixed_positional_encoder.positions": "pos_embed"}
+    names |= {f"local_encoder.proj.{kind}": f"patch_embed.proj.{kind}" for kind in ("weight", "bias")}
+    names |= {f"context_encoder.norm.{kind}": f"norm_pre.{kind}" for kind in ("weight", "bias")}
+    state: dict[str, Tensor] = {}
+    left_out = []
+    for key, value in own.items():
+        if key.startswith("decoder."):
+            left_out.append(f"{PICTURES}{key}")
+        elif key.startswith("context_encoder.blocks."):
+            state[key.removeprefix("context_encoder.")] = value
+        else:
+            state[names.get(key, f"{PICTURES}{key}")] = value
+    for key, value in public.items():
+        if not key.startswith(PICTURES):
+            state[re.sub(r"^blocks\.(\d+)", lambda found: f"blocks.{int(found[1]) + len(first)}", key)] = value
+    if "pos_embed" in state and not getattr(model, "no_embed_class", False):
+        beside = state["pos_embed"].new_zeros(1, model.num_prefix_tokens, state["pos_embed"].shape[2])
+        state["pos_embed"] = torch.cat([beside, state["pos_embed"]], dim=1)
+    return state, left_out
 
 
 def place_registers(state: dict[str, Tensor], model: Any) -> None:

@@ -244,6 +244,89 @@ def test_biases_that_a_rotary_network_does_not_have_are_left_out_only_where_they
         ViT("vit_small_patch16_dinov3", img_size=32, weights=f"{tmp_path}/biased.pth", arguments=arguments)
 
 
+POST_NORM = {"post_norm": True, "fixed_positions": True, "img_size": 64}
+
+
+def data2vec_state(reference: ViT, prenet: int, decoder: bool) -> dict[str, Tensor]:
+    """Names and shapes of data2vec 2.0's released files, of which `prenet` blocks stand in the picture encoder."""
+    own, pictures = reference.model.state_dict(), "modality_encoders.IMAGE."
+    state = {
+        f"{pictures}local_encoder.proj.weight": own["patch_embed.proj.weight"],
+        f"{pictures}local_encoder.proj.bias": own["patch_embed.proj.bias"],
+        f"{pictures}extra_tokens": own["cls_token"],
+        f"{pictures}fixed_positional_encoder.positions": own["pos_embed"][:, -16:],
+        f"{pictures}context_encoder.norm.weight": own["norm_pre.weight"],
+        f"{pictures}context_encoder.norm.bias": own["norm_pre.bias"],
+    }
+    kinds = [f"{norm}.{kind}" for norm in ("norm1", "norm2") for kind in ("weight", "bias")]
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    kinds += [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    for number in range(3):
+        place = f"{pictures}context_encoder.blocks.{number}" if number < prenet else f"blocks.{number - prenet}"
+        state |= {f"{place}.{kind}": own[f"blocks.{number}.{kind}"] for kind in kinds}
+    if decoder:
+        shapes = {
+            "blocks.0.0.weight": (16, 2, 3, 3),
+            "blocks.0.0.bias": (16,),
+            "proj.weight": (24, 16),
+            "proj.bias": (24,),
+        }
+        state |= {f"{pictures}decoder.{name}": torch.ones(shape) for name, shape in shapes.items()}
+    return state
+
+
+@pytest.mark.parametrize("no_embed_class", [True, False])
+@pytest.mark.parametrize("prenet", [0, 2])
+def test_a_release_of_data2vec_2_gives_its_average_or_its_student(tmp_path, prenet, no_embed_class):
+    student, teacher = (
+        tiny_vit(seed=seed, arguments={"no_embed_class": no_embed_class}, **POST_NORM) for seed in (1, 2)
+    )
+    for reference in (student, teacher):
+        if not no_embed_class:
+            reference.model.pos_embed.data[:, 0] = 0  # the class token has no position
+    state = data2vec_state(student, prenet, decoder=True)
+    content = {
+        "cfg": {"model": {"depth": 3 - prenet}},
+        "model": state | {"_ema": data2vec_state(teacher, prenet, False)},
+    }
+    torch.save(content, tmp_path / "base.pt")
+    settings = {"arguments": {"no_embed_class": no_embed_class}, **POST_NORM}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(again(teacher, tmp_path / "base.pt", **settings), teacher, 64)
+    with pytest.warns(
+        UserWarning, match=r"not used by a backbone: modality_encoders\.IMAGE\.decoder\.blocks.*proj\.bias\."
+    ):
+        same(again(student, f"{tmp_path}/base.pt#student", **settings), student, 64)
+    with pytest.raises(UserError, match=r"no network 'partner'.*#teacher, #student"):
+        again(student, f"{tmp_path}/base.pt#partner", **settings)
+
+
+def test_every_key_of_data2vec_2_is_asked_for(tmp_path):
+    reference = tiny_vit(**POST_NORM)
+    state = data2vec_state(reference, 0, decoder=False)
+    torch.save({"model": state}, tmp_path / "alone.pt")
+    same(again(reference, tmp_path / "alone.pt", **POST_NORM), disturbed_positions(reference), 64)
+    with pytest.raises(UserError, match="post_norm: true"):
+        again(reference, tmp_path / "alone.pt", img_size=64)
+    torch.save({"model": state | {"modality_encoders.IMAGE.alibi_scale": torch.ones(1)}}, tmp_path / "more.pt")
+    with pytest.raises(UserError, match=r"1 unknown: modality_encoders\.IMAGE\.alibi_scale"):
+        again(reference, tmp_path / "more.pt", **POST_NORM)
+    torch.save({"model": state | {"blocks.3.norm1.weight": torch.ones(24)}}, tmp_path / "deeper.pt")
+    with pytest.raises(UserError, match=r"1 unknown: blocks\.3\.norm1\.weight"):
+        again(reference, tmp_path / "deeper.pt", **POST_NORM)
+    missing = {key: value for key, value in state.items() if "context_encoder.norm" not in key}
+    torch.save({"model": missing}, tmp_path / "less.pt")
+    with pytest.raises(UserError, match=r"2 missing: norm_pre\.weight, norm_pre\.bias"):
+        again(reference, tmp_path / "less.pt", **POST_NORM)
+
+
+def disturbed_positions(reference: ViT) -> ViT:
+    """Without the position that a published class token does not have."""
+    reference.model.pos_embed.data[:, 0] = 0
+    return reference
+
+
 def test_a_released_resnet_in_torchvisions_names_and_a_supervised_one_without_its_classifier(tmp_path):
     backbone = tiny_resnet()
     torch.save(backbone.model.state_dict(), tmp_path / "resnet.pth")
