@@ -12,6 +12,7 @@ from ssd.backbones.base import Backbone
 from ssd.backbones.vit import ViT
 from ssd.data.broken import UNREADABLE
 from ssd.heads import PROTOTYPES, Prototypes
+from ssd.masked_branch import MaskedBranch
 from ssd.masking.batch import MaskPlan
 from ssd.optim import parameter_groups, resolve_lr
 from ssd.schedules import Cosine, Linear, Schedule, in_steps, value_at
@@ -78,6 +79,7 @@ class MaskFacts:
         mean: masked tokens of a crop on average, whole crops included.
         fewest, most: masked tokens of a crop that is masked.
         whole: share of crops that are not.
+        per_view: masks of each view.
     """
 
     tokens: int
@@ -85,6 +87,7 @@ class MaskFacts:
     fewest: int
     most: int
     whole: float
+    per_view: int = 1
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Facts:
         picture_px: shorter side of the data's pictures, median; None where that is not known.
         stage: whether it begins with the networks of another run.
         normalised_by_batch: whether there is batch normalisation, which slices would change.
+        encodes_visible: whether the student encodes what is not masked, and no more.
     """
 
     method: str
@@ -131,6 +135,7 @@ class Facts:
     trainable: int
     stage: bool
     normalised_by_batch: bool
+    encodes_visible: bool = False
 
     @property
     def step_batch(self) -> int:
@@ -157,14 +162,26 @@ class Facts:
 
     def tokens(self, network: str) -> int:
         """Of a step, that "student" or "teacher" encodes."""
+        if network == "teacher" and not self.parameters["teacher"]:
+            return 0
         seen = [kind for kind in self.views if kind != GRAM_TEACHER_SEES]
         if network == "teacher" or not self.teacher_follows:
             seen = [kind for kind in seen if kind == TEACHER_SEES]
+        if network == "student" and self.encodes_visible:
+            return sum(round(self.visible_tokens(kind)) for kind in seen if kind in self.masked)
         return sum(self.views[kind].tokens for kind in seen)
+
+    def visible_tokens(self, kind: str) -> float:
+        """Of a step, under all masks of these views, with class token and registers."""
+        view, masks = self.views[kind], self.masked[kind]
+        return masks.per_view * (view.tokens - self.step_batch * view.count * masks.mean)
 
     def masked_tokens(self) -> float:
         """Of a step, on average."""
-        return sum(self.step_batch * self.views[kind].count * masks.mean for kind, masks in self.masked.items())
+        return sum(
+            self.step_batch * self.views[kind].count * masks.per_view * masks.mean
+            for kind, masks in self.masked.items()
+        )
 
     def row(self) -> dict[str, Any]:
         """For JSON."""
@@ -257,6 +274,7 @@ def facts_of(module: Any, data: Any, *, processes: int, max_epochs: int | None, 
         trainable=count(p for plan in module.optimized() for p in plan.module.parameters() if p.requires_grad),
         stage=module.start_from is not None,
         normalised_by_batch=any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()),
+        encodes_visible=type(module.student) is MaskedBranch,
     )
 
 
@@ -316,11 +334,12 @@ def changing(views: Views) -> bool:
 
 
 def masked_by(plan: MaskPlan) -> MaskFacts:
-    drawn = plan.recipe.draw(plan.views, DRAWN_MASKS, plan.grid, 0, 0)  # (V, B, N)
+    drawn = plan.recipe.draw(plan.masks, DRAWN_MASKS, plan.grid, 0, 0)  # (V, B, N)
     counts = drawn.sum(-1).ravel()
     masked = counts[counts > 0]
     fewest, most = (int(masked.min()), int(masked.max())) if len(masked) else (0, 0)
-    return MaskFacts(drawn.shape[-1], float(counts.mean()), fewest, most, float((counts == 0).mean()))
+    whole = float((counts == 0).mean())
+    return MaskFacts(drawn.shape[-1], float(counts.mean()), fewest, most, whole, plan.masks_per_view)
 
 
 def picture_side(data: Any) -> float | None:

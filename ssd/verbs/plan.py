@@ -342,8 +342,9 @@ def described(facts: Facts) -> dict[str, str]:
             f"{view.count} of {view.size} px, {grid} patches; crops of {spread(view.scale)} of a picture"
         )
     for kind, masks in facts.masked.items():
+        each = "" if masks.per_view == 1 else f"{masks.per_view} of each view; "
         lines[f"{kind} masks"] = (
-            f"{masks.fewest} to {masks.most} of {masks.tokens} patches, {masks.whole:.0%} of the crops whole; "
+            f"{each}{masks.fewest} to {masks.most} of {masks.tokens} patches, {masks.whole:.0%} of the crops whole; "
             f"{facts.masked_tokens():,.0f} patches a step"
         )
     if facts.views:

@@ -4,17 +4,23 @@ import math
 
 import pytest
 
+from lightning_modules.data2vec import Data2Vec
+from lightning_modules.data2vec2 import Data2Vec2
+from lightning_modules.dbot import DBOT
 from lightning_modules.dino import DINO
 from lightning_modules.dinov2 import DINOv2
 from lightning_modules.dinov3 import DINOv3
 from lightning_modules.franca import Franca
 from lightning_modules.ibot import IBOT
+from lightning_modules.mae import MAE
 from lightning_modules.random_teacher import RandomTeacher
 from ssd.backbones.base import Backbone
+from ssd.backbones.vit import ViT
 from ssd.errors import UserError
+from ssd.masking.recipes import BlockMasks
 from ssd.planning.facts import curve, facts_of, half_life
 from ssd.schedules import Cosine, Linear
-from ssd.views.recipes import MixedDINOViews
+from ssd.views.recipes import CropViews, MixedDINOViews
 from tests.lightning_modules.runs import convnet, digits, vit
 
 EPOCHS = 10
@@ -66,6 +72,28 @@ def test_tokens_are_those_that_pass_the_networks_in_a_step(method):
     module.begin(facts.steps, facts.steps_per_epoch)
     counts = encoded_in_a_step(module, next(iter(data.train_dataloader())))
     assert counts == {"student": facts.tokens("student"), "teacher": facts.tokens("teacher")}
+
+
+REGRESSION = {
+    MAE: {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    DBOT: {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    Data2Vec: {"masks": BlockMasks(ratio=(0.6, 0.6), share=1.0, smallest=2), "top_blocks": 1},
+    Data2Vec2: {"num_masks": 5, "top_blocks": 1, "decoder_dim": 24, "decoder_depth": 1, "decoder_groups": 4},
+}
+
+
+@pytest.mark.parametrize("method", REGRESSION, ids=lambda method: method.__name__)
+def test_visible_tokens_are_counted_under_every_mask_and_no_teacher_encodes_none(method):
+    arguments = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}
+    backbone = ViT("vit_tiny_patch16_224", img_size=16, in_chans=1, arguments=arguments)
+    module = method(backbone, views=CropViews(size=16), **REGRESSION[method])
+    facts, data = planned(module)
+    module.begin(facts.steps, facts.steps_per_epoch)
+    batch = next(iter(data.train_dataloader()))
+    counts = encoded_in_a_step(module, batch)
+    assert counts == {"student": facts.tokens("student"), "teacher": facts.tokens("teacher")}
+    if method is not Data2Vec:  # of blocks the number that is hidden varies
+        assert facts.masked_tokens() == batch.masks["global"].boolean.sum()
 
 
 def test_places_of_a_convnet_are_counted_as_they_pass():
