@@ -31,7 +31,8 @@ def sheet(
 
     Args:
         batch: pictures (V, B, C, h, w), normalised; `boxes` are drawn where there are some, and tokens that `masks`
-            hide are greyed out, of a kind's first views where there are masks for fewer of them.
+            hide are greyed out, of a kind's first views where there are masks for fewer of them, under the first of
+            several masks.
         originals: B arrays (H, W, C) uint8 that the boxes refer to.
         mean, std: of each channel in [0, 1], to be undone.
         bands: channels shown as red, green and blue, or one as grey; null = `colours_of`'s choice.

@@ -13,10 +13,14 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["mae", "dbot"])
-def test_a_run_is_examined_shown_and_reported_like_any_other(method, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [("mae", ()), ("dbot", ()), ("data2vec", ("top_blocks", 1)), ("data2vec2", ("top_blocks", 1, "num_masks", 2))],
+)
+def test_a_run_is_examined_shown_and_reported_like_any_other(method, own, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = typed("fit", "--config", f"method/{method}_small", *SMALL, "--trainer.default_root_dir", "run")
+    settings = [f"--model.{word}" if isinstance(word, str) else word for word in own]
+    said = typed("fit", "--config", f"method/{method}_small", *SMALL, *settings, "--trainer.default_root_dir", "run")
     assert said.status == 0, said.err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["findings"] == []
     said = typed("doctor", "run")
