@@ -15,8 +15,8 @@ from ssd.batch import Batch, Targets, Whole
 from ssd.diagnosis.features import deviation, deviation_logs
 from ssd.distributed import sum_over_ranks
 from ssd.errors import UserError
+from ssd.layer_targets import Encoder, last_blocks, patch_layers, shared_names
 from ssd.losses.regression import smooth_error
-from ssd.masked_branch import Encoder, last_blocks, patch_taps, shared_names
 from ssd.masking.recipes import BlockMasks, Masking
 from ssd.normalisers import average, layer_normed
 from ssd.optim import Clip
@@ -51,7 +51,8 @@ class Data2Vec(SelfDistillation):
     """data2vec (Baevski et al. 2022), of pictures.
 
     Args:
-        backbone: a ViT; published are LayerScale (arguments: {init_values: 1.0e-4}), drop path .25 and dropout of attention .05.
+        backbone: a ViT; published are LayerScale (arguments: {init_values: 1.0e-4}), drop path .25 and dropout of attention .05,
+            and output layers that begin smaller with depth (fix_init: true).
         views: recipe with one "global" view or more, each predicted by itself.
         masks: which patches the student sees a token in place of; published are blocks of 16 patches or more over 120 of 196.
         top_blocks: how many of the teacher's last blocks are averaged into the targets.
@@ -96,16 +97,16 @@ class Data2Vec(SelfDistillation):
         if not beta > 0:
             raise UserError(f"beta: {beta} is no error. Use a number above 0; published is 2.")
         self.masking = {"global": masks}
-        self.layers = [f"block{number}" for number in last_blocks(backbone, top_blocks, "top_blocks")]
+        self.layers = [f"block{number}" for number in last_blocks(backbone, top_blocks)]
         self.beta = beta
         self.momentum = momentum
 
         self.student = TokenBranch(backbone)
-        self.teacher = EMA(Encoder(backbone), buffers="average", shared=shared_names(teacher_shares or []))
+        self.teacher = EMA(Encoder(backbone), buffers="average", shared=shared_names(teacher_shares))
 
     def targets(self, batch: Batch) -> Targets:
         pictures = batch.views["global"]
-        layers = patch_taps(self.teacher, pictures.flatten(0, 1), self.layers)  # (V B, N, D) each
+        layers = patch_layers(self.teacher, pictures.flatten(0, 1), self.layers)  # (V B, N, D) each
         features = layer_normed(average([layer_normed(layer) for layer in layers]))
         hidden = sum_over_ranks(batch.masks["global"].boolean.sum().float())  # of the whole step
         return Targets(

@@ -15,18 +15,9 @@ from ssd.decoders import ConvDecoder
 from ssd.diagnosis.features import deviation, deviation_logs
 from ssd.distributed import world_size
 from ssd.errors import UserError
+from ssd.layer_targets import Encoder, last_blocks, patch_layers, shared_names
 from ssd.losses.regression import squared_error
-from ssd.masked_branch import (
-    Encoder,
-    MaskedBranch,
-    has_cls,
-    last_blocks,
-    mean_over_hidden,
-    patch_taps,
-    require_exact,
-    shared_names,
-    visible_places,
-)
+from ssd.masked_branch import MaskedBranch, has_cls, mean_over_hidden, require_exact, visible_places
 from ssd.masking.recipes import InverseSquareMasks, Masking
 from ssd.normalisers import average, instance_normed, layer_normed
 from ssd.optim import AdamW, Clip, OptimizerRule
@@ -100,7 +91,7 @@ class Data2Vec2(SelfDistillation):
         self._check(backbone, masks, num_masks, cls_weight, cls_rule)
         self.masking = {"global": masks}
         self.masks_per_view = num_masks
-        self.layers = [f"block{number}.mlp" for number in last_blocks(backbone, top_blocks, "top_blocks")]
+        self.layers = [f"block{number}.mlp" for number in last_blocks(backbone, top_blocks)]
         self.cls_weight = cls_weight
         self.cls_rule = cls_rule
         self.momentum = momentum
@@ -115,11 +106,11 @@ class Data2Vec2(SelfDistillation):
             noise=decoder_noise,
         )
         self.student = MaskedBranch(backbone, decoder)
-        self.teacher = EMA(Encoder(backbone), buffers="average", shared=shared_names(teacher_shares or []))
+        self.teacher = EMA(Encoder(backbone), buffers="average", shared=shared_names(teacher_shares))
 
     def targets(self, batch: Batch) -> Targets:
         pictures = batch.views["global"]
-        layers = patch_taps(self.teacher, pictures.flatten(0, 1), self.layers)  # (V B, N, D) each
+        layers = patch_layers(self.teacher, pictures.flatten(0, 1), self.layers)  # (V B, N, D) each
         features = layer_normed(average([instance_normed(layer) for layer in layers]))
         return Targets(features=features.unflatten(0, pictures.shape[:2]))  # (V, B, N, D)
 

@@ -1,6 +1,6 @@
 """An encoder of visible patches with a decoder behind it: what masked regression trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,6 @@ from ssd.decoders import ConvDecoder, MaskedDecoder
 from ssd.errors import UserError
 from ssd.masking.recipes import Masking
 from ssd.normalisers import patchified, standardised, unpatchified
-from ssd.teachers import Teacher
 
 
 @dataclass
@@ -74,44 +73,6 @@ class MaskedBranch(nn.Module):
             tap: projector(tokens.taps[tap]).unflatten(0, (masks, batch)) for tap, projector in self.projectors.items()
         }
         return Decoded(decoded.unflatten(0, (masks, batch)), cls, tokens, projected)
-
-
-class Encoder(nn.Module):
-    """The backbone of a branch, as the network that its average is of: what sees whole samples has no use for the rest."""
-
-    def __init__(self, backbone: Backbone):
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, pictures: Tensor, taps: Sequence[int | str] = ()) -> Tokens:
-        """(B, C, H, W) -> tokens, with the intermediate outputs that are asked for."""
-        return self.backbone(pictures, taps=taps)
-
-
-def patch_taps(teacher: Teacher, pictures: Tensor, taps: Sequence[int | str]) -> list[Tensor]:
-    """What a teacher over an `Encoder` makes of whole pictures (B, C, H, W) at its taps, of patches alone: (B, N, D) each."""
-    prefix = getattr(teacher.network.backbone, "num_prefix", 0)
-    tapped = teacher(pictures, taps=taps).taps
-    return [tapped[tap if isinstance(tap, str) else f"block{tap}"][:, prefix:] for tap in taps]
-
-
-def last_blocks(backbone: Backbone, count: int, name: str) -> list[int]:
-    """Numbers of the last `count` blocks. Raises UserError where there are not so many; `name` is the setting's."""
-    if not 1 <= count <= backbone.num_blocks:
-        raise UserError(f"{name}: {count} of {backbone.num_blocks} blocks cannot be. Use 1 to {backbone.num_blocks}.")
-    return list(range(backbone.num_blocks - count + 1, backbone.num_blocks + 1))
-
-
-SHARED = {"patches": "backbone.model.patch_embed.", "positions": "backbone.model.pos_embed"}
-"""What a teacher may have from its student as it is -> how the names of it begin."""
-
-
-def shared_names(shared: Sequence[str]) -> list[str]:
-    """Beginnings of parameters' names. Raises UserError for what is not in `SHARED`."""
-    unknown = [name for name in shared if name not in SHARED]
-    if unknown:
-        raise UserError(f"teacher_shares: '{unknown[0]}' is unknown. Choose of {', '.join(SHARED)}, or [] for nothing.")
-    return [SHARED[name] for name in shared]
 
 
 def visible_places(masks: Masks) -> Tensor:

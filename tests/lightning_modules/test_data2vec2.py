@@ -16,7 +16,7 @@ from ssd.masked_branch import Decoded
 from ssd.masking.recipes import BlockMasks, InverseSquareMasks
 from ssd.schedules import Linear
 from ssd.views.recipes import CropViews
-from tests.contract import MethodContract, run_steps, start
+from tests.contract import MethodContract, run_rank, run_steps, start
 from tests.lightning_modules.test_mae import random_batch
 
 VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
@@ -282,6 +282,22 @@ def test_the_default_weight_is_what_the_published_rule_came_to():
     batch = masked_batch(mean, 16, 0)
     weighed = [float(module.at("cls_weight") * told(module, batch, 1, 0, 1)["cls"]) for module in (mean, published)]
     assert weighed[0] == pytest.approx(weighed[1], rel=1e-5)
+
+
+class SumRule(TestContract):
+    def make(self, **engine):
+        return super().make(cls_rule="sum", **engine)
+
+
+SumRule.__test__ = False
+
+
+def test_under_the_published_rule_two_processes_with_half_the_batch_each_have_half_the_term(pair):
+    alone = SumRule().make()
+    expected = run_steps(alone, [SumRule().batch_for(alone, 0)])[0]
+    for reports, _, _ in pair.run(run_rank, SumRule, False):
+        assert reports[0][0]["cls"] == pytest.approx(expected["cls"] / 2, rel=1e-4)
+        assert reports[0][0]["features"] == pytest.approx(expected["features"], rel=1e-4)
 
 
 def test_slices_add_up_under_the_published_rule_too():
