@@ -1,0 +1,364 @@
+"""Masked distillation on small data: MAE, dBOT after each of its stages, DMAE and plain regression of its features, one network,
+the same views and number of steps; kNN, linear probes and dense score beside raw pixels and the untrained network.
+
+    python -m tests.benchmarks.masked_distillation digits --out runs/masked_distillation
+    python -m tests.benchmarks.masked_distillation cifar10 --path TRAIN.parquet --val_path TEST.parquet --seeds 0
+
+Runs that are there already are not made again, so that any row can be added or repeated by itself. With `--further PATH` a MAE of
+the photographs there goes on on the digits, with and without self-distillation, and what comes of it is fine-tuned.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from ssd.backbones.vit import ViT
+from ssd.cli import main as ssd_main
+from ssd.evaluation.dense import dense_number, pixel_patches
+from ssd.evaluation.features import Features, extract, pixels
+from ssd.evaluation.outputs import output_of
+from ssd.evaluation.spectrum import rankme
+from ssd.evaluation.suite import few_label_report, knn_number
+from ssd.memory import keep_freed_memory
+from ssd.verbs.loading import load_data
+from ssd.weights.checkpoint import read_checkpoint
+
+SHOWN = {
+    "knn": "kNN",
+    "linear_1pct": "linear, 1 %",
+    "linear_10pct": "linear, 10 %",
+    "linear": "linear, all",
+}
+
+SIZES: dict[str, dict[str, Any]] = {
+    "digits": {
+        "network": {"img_size": 16, "arguments": {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 2}},
+        "decoder": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 2},
+        "views": {
+            "size": 16,
+            "scale": [0.4, 1.0],
+            "flip": 0.0,
+            "rotate": 15.0,
+            "shear": 0.2,
+            "evaluation_crop": 1.0,
+        },
+        "steps": 500,
+        "precision": "32-true",
+        "data": ["--data", "Digits"],
+    },
+    "cifar10": {
+        "network": {"img_size": 32, "arguments": {"patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}},
+        "decoder": {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3},
+        "views": {"size": 32, "evaluation_crop": 1.0},
+        "steps": 1000,
+        "precision": "bf16-mixed",
+        "data": ["--data", "Images"],
+    },
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Args:
+        length: in runs of MAE.
+        teacher: run whose student teaches, frozen.
+        begins: run whose student, with its decoder, is gone on with.
+        photographs: learn from those of `--further`, at the size's own grey pixels.
+    """
+
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    length: float = 1
+    teacher: str | None = None
+    begins: str | None = None
+    photographs: bool = False
+
+
+def hidden(ratio: float | None = None, keep: int | None = None) -> dict[str, Any]:
+    settings = {"ratio": ratio} if keep is None else {"keep": keep}
+    return {"class_path": "RandomMasks", "init_args": settings}
+
+
+RUNS = {
+    "mae": Run("MAE"),
+    "dbot": Run("DBOT", {"stages": [1, 1, 1], "decoder_drop_path_rate": 0.0}, length=3),
+    "dbot_short": Run("DBOT", {"stages": [1, 1, 1], "decoder_drop_path_rate": 0.0}),
+    "long_mae": Run("MAE", length=2),
+    "dmae_16": Run("DMAE", {"masks": hidden(keep=16)}, teacher="long_mae"),
+    "dmae_10": Run("DMAE", {"masks": hidden(keep=10)}, teacher="long_mae"),
+    "dmae_4": Run("DMAE", {"masks": hidden(keep=4)}, teacher="long_mae"),
+    "features": Run("DMAE", {"masks": hidden(ratio=0.0), "pixel_weight": 0.0}, teacher="long_mae"),
+}
+GOES_ON: dict[str, Any] = {
+    "views": {"class_path": "PlainViews", "init_args": {"size": 16}},
+    "lr": {"class_path": "Linear", "init_args": {"start": 5e-4, "end": 0.0, "reaches_end": False}},
+}
+RUNS |= {
+    "photographs": Run(
+        "MAE", {"views": {"class_path": "CropViews", "init_args": {"size": 16}}}, length=2, photographs=True
+    ),
+    "further": Run("FurtherPretraining", GOES_ON | {"stages": [1]}, length=0.6, begins="photographs"),
+    "self_distilled": Run("FurtherPretraining", GOES_ON | {"stages": [1, 1]}, length=1.2, begins="photographs"),
+}
+ROWS = {
+    "mae": ("mae", "last.ckpt#student"),
+    "dbot_0": ("dbot", "stage-0.safetensors"),
+    "dbot_1": ("dbot", "stage-1.safetensors"),
+    "dbot_2": ("dbot", "last.ckpt#student"),
+    "dbot_short": ("dbot_short", "last.ckpt#student"),
+    "long_mae": ("long_mae", "last.ckpt#student"),
+    "dmae_16": ("dmae_16", "last.ckpt#student"),
+    "dmae_10": ("dmae_10", "last.ckpt#student"),
+    "dmae_4": ("dmae_4", "last.ckpt#student"),
+    "features": ("features", "last.ckpt#student"),
+}
+"""Row -> the run and the network that it shows: the student of a stage is the teacher of the next."""
+FINE_TUNED = {
+    "random weights": "random:photographs",
+    "MAE of photographs": "photographs",
+    "further pretraining": "further",
+    "with self-distillation": "self_distilled",
+}
+
+
+class StageEnds(pl.Callback):
+    """Keeps the backbone of each stage's student but the last's as `stage-0.safetensors` and so on among the checkpoints."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        begins = module.stage_begins()
+        if module.step in begins[1:]:
+            folder = Path(trainer.default_root_dir, "checkpoints")
+            folder.mkdir(exist_ok=True)
+            # the student has become the teacher by now
+            state = module.teacher.network.model.state_dict()
+            save_file(state, folder / f"stage-{begins.index(module.step) - 1}.safetensors")
+
+
+def network(size: dict[str, Any], weights: str | None = None) -> dict[str, Any]:
+    settings = {"name": "vit_tiny_patch16_224", "fixed_positions": True, **size["network"]}
+    return settings if weights is None else settings | {"weights": weights}
+
+
+def checkpoint(name: str, seed: int, arguments: argparse.Namespace) -> Path:
+    return Path(arguments.out, arguments.data, f"{name}-{seed}", "checkpoints")
+
+
+def config(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    run, size = RUNS[name], SIZES[arguments.data]
+    settings = {
+        "backbone": {"class_path": "ViT", "init_args": network(size)},
+        "views": {"class_path": "CropViews", "init_args": size["views"]},
+        "lr": {"class_path": "Cosine", "init_args": {"start": arguments.lr, "end": 0.01 * arguments.lr, "warmup": 0.1}},
+        "lr_rule": "none",
+        "steps": round(run.length * (arguments.steps or size["steps"])),
+        **size["decoder"],
+        **run.settings,
+    }
+    if run.teacher is not None:
+        weights = f"{checkpoint(run.teacher, seed, arguments) / 'last.ckpt'}#student"
+        teacher = network(size, weights)
+        settings["teacher"] = {"class_path": "ViT", "init_args": teacher}
+    if run.begins is not None:
+        settings["pretrained"] = str(checkpoint(run.begins, seed, arguments) / "last.ckpt")
+    callbacks = [{"class_path": "tests.benchmarks.masked_distillation.StageEnds"}]
+    model = {"class_path": run.method, "init_args": settings | arguments.set}
+    return {"model": model, "trainer": {"callbacks": callbacks}}
+
+
+def ssd(*words: str) -> None:
+    """A command of ours, here: a process for each would spend more time on imports than some do on training."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = ssd_main(list(words))
+    if status:
+        raise SystemExit(f"ssd {' '.join(words)}\n{said.getvalue()[-4000:]}")
+
+
+def trained(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """Makes a run and those it stands on, where they are not there; what it cost."""
+    run, folder = RUNS[name], checkpoint(name, seed, arguments).parent
+    cost = folder / "cost.json"
+    for before in (run.teacher, run.begins):
+        if before is not None:
+            trained(before, seed, arguments)
+    if not cost.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = config(name, seed, arguments)
+        (folder / "method.yaml").write_text(json.dumps(made))
+        given = {"path": arguments.path, "val_path": arguments.val_path}
+        data = [word for key, value in given.items() if value for word in (f"--data.{key}", value)]
+        data = [*SIZES[arguments.data]["data"], *data]
+        if run.photographs:
+            data = ["--data", "Images", "--data.path", arguments.further, "--data.channels", "1"]
+        quiet = ["--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches", "0", "--trainer.devices", "1"]
+        started, began = time.process_time(), time.perf_counter()
+        ssd(
+            *("fit", "--config", str(folder / "method.yaml"), *data),
+            *("--data.batch_size", str(arguments.batch), "--data.num_workers", str(arguments.workers)),
+            *("--trainer.accelerator", arguments.accelerator, "--trainer.precision", arguments.precision, *quiet),
+            *("--seed_everything", str(seed), "--trainer.default_root_dir", str(folder)),
+        )
+        spent = {"processor_s": time.process_time() - started, "wall_s": time.perf_counter() - began}
+        steps = made["model"]["init_args"]["steps"]
+        if read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]["_extra_state"]["step"] < steps:
+            raise SystemExit(f"{folder} was stopped before its end. Remove it to run it again.")
+        cost.write_text(json.dumps(spent | {"steps": steps, "pictures": steps * arguments.batch}))
+    return json.loads(cost.read_text())
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+class Judge:
+    """The data of a run, and what networks and raw pixels are worth on it.
+
+    With `on` "train" a third of the training samples is asked of the others, so that settings can be chosen without a look
+    at the held-out ones.
+    """
+
+    def __init__(self, about: dict[str, Any], arguments: argparse.Namespace):
+        self.data = load_data([], about, "probe")
+        self.on, self.precision, self.bank = arguments.on, arguments.precision, arguments.bank
+        self.patch = SIZES[arguments.data]["network"]["arguments"]["patch_size"]
+
+    def numbers(self, embed: Any, seed: int) -> dict[str, dict[str, float]]:
+        """Output -> the numbers of `SHOWN` in %, "rank" and "dense"; of raw pixels where there is no network."""
+        output = "pixels" if embed is None else "mean_patch"
+        bank, queries = self.features(embed, output)
+        rows = {output: (bank.features, queries.features)}
+        report = few_label_report(rows, bank.labels, queries.labels, draws=20, seed=seed)[output]
+        found = {output: {name: 100 * report[name].value for name in SHOWN} | {"rank": rankme(bank.features)}}
+        loader = self.data.test_dataloader()[0 if self.on == "train" else -1]
+        dense = dense_number(embed or (lambda x: pixel_patches(x, self.patch)), loader)
+        assert dense is not None, "all these networks answer a map"
+        found[output]["dense"] = 100 * dense.value
+        if embed is not None:
+            bank, queries = self.features(embed, "cls")
+            labelled = (bank.features, bank.labels, queries.features, queries.labels)
+            found["cls"] = {"knn": 100 * knn_number(*labelled).value}
+        return found
+
+    def features(self, network: Any, output: str) -> tuple[Features, Features]:
+        loaders = self.data.test_dataloader()[: 1 if self.on == "train" else 2]
+        if network is None:
+            parts = [pixels(loader) for loader in loaders]
+        else:
+            embed = lambda samples: output_of(network, samples, output)
+            parts = [extract(embed, loader, precision=self.precision) for loader in loaders]
+        if self.on == "train":
+            asked = torch.arange(len(parts[0].labels)) % 3 == 2
+            return Features(*(p[~asked] for p in parts[0])), Features(*(p[asked] for p in parts[0]))
+        rows = slice(self.bank)
+        return Features(*(part[rows] for part in parts[0])), parts[1]
+
+
+def judged(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The numbers of a row, those of an earlier call where they are there; with "cost" of rows that are trained."""
+    run, file = ROWS.get(row, ("mae", ""))
+    cost = trained(run, seed, arguments)
+    folder = checkpoint(run, seed, arguments)
+    place = folder.parent / f"{row}-{arguments.on}.json"
+    if not place.exists():
+        about = read_checkpoint(folder / "last.ckpt")["ssd"]
+        judge = Judge(about, arguments)
+        embed = None
+        if row != "pixels":
+            torch.manual_seed(seed)
+            weights = f"{folder / file}" if file else None
+            embed = ViT(**network(SIZES[arguments.data], weights), in_chans=about["channels"]).eval()
+        found = {"numbers": judge.numbers(embed, seed)} | ({"cost": cost} if row in ROWS else {})
+        place.write_text(json.dumps(found))
+    return json.loads(place.read_text())
+
+
+def fine_tuned(start: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `ssd finetune` finds on a tenth of the digits' labels and on all."""
+    name = start.removeprefix("random:")
+    trained(name, seed, arguments)
+    folder = checkpoint(name, seed, arguments)
+    place = folder.parent / f"{'random' if start != name else 'finetuned'}.json"
+    if not place.exists():
+        file = f"{'random:' if start != name else ''}{folder / 'last.ckpt'}"
+        ssd(
+            *("finetune", file, "--data", "Digits", "--flip", "0", "--crop", "0.5", "--shares", "0.01", "0.1"),
+            *("--seeds", "1", "--seed", str(seed), "--json", str(place)),
+        )
+    return json.loads(place.read_text())
+
+
+def print_fine_tuned(arguments: argparse.Namespace) -> None:
+    title = f"digits, fine-tuned, %, mean and spread over seeds {arguments.seeds}"
+    table = Table("start", "1 % of the labels", "10 %", title=title)
+    for name, start in FINE_TUNED.items():
+        found = [fine_tuned(start, seed, arguments)["rows"] for seed in arguments.seeds]
+        table.add_row(name, *(mean_and_spread([100 * rows[at]["value"] for rows in found]) for at in range(2)))
+    Console(width=150).print(table)
+
+
+def mean_and_spread(found: list[float]) -> str:
+    spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.1f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=list(SIZES))
+    parser.add_argument("--path", help="training data of cifar10")
+    parser.add_argument("--val_path", help="held-out data of cifar10")
+    parser.add_argument("--further", metavar="PATH", help="photographs, for further pretraining on the digits alone")
+    parser.add_argument("--rows", nargs="+", default=["pixels", "untrained", *ROWS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--on", choices=("held-out", "train"), default="held-out", help="what is asked")
+    parser.add_argument("--steps", type=int, help="of MAE, instead of the size's own number")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--bank", type=int, default=10_000, help="training samples that probes see at most")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--set", type=json.loads, default={}, help="further settings of every method, JSON")
+    parser.add_argument("--precision", help="instead of the size's own, which was the faster one on a CPU")
+    parser.add_argument("--accelerator", default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load")
+    parser.add_argument("--out", default="runs/masked_distillation")
+    arguments = parser.parse_args()
+    for name in ("path", "val_path", "further", "out"):
+        if getattr(arguments, name):
+            setattr(arguments, name, os.path.abspath(getattr(arguments, name)))
+
+    arguments.precision = arguments.precision or SIZES[arguments.data]["precision"]
+    keep_freed_memory()
+    if arguments.further:
+        if arguments.data != "digits":
+            parser.error("--further is about the digits")
+        print_fine_tuned(arguments)
+        return
+    title = f"{arguments.data}, %, mean and spread over seeds {arguments.seeds}"
+    table = Table("features", *SHOWN.values(), "dense", "rank", "kNN, class token", "steps", "processor s", title=title)
+    for row in arguments.rows:
+        found = [judged(row, seed, arguments) for seed in arguments.seeds]
+        first = [next(iter(each["numbers"].values())) for each in found]
+        cells = [mean_and_spread([each[name] for each in first]) for name in (*SHOWN, "dense")]
+        cells.append(f"{statistics.mean(each['rank'] for each in first):.0f}")
+        token = [each["numbers"]["cls"]["knn"] for each in found if "cls" in each["numbers"]]
+        cells.append(mean_and_spread(token) if token else "")
+        if "cost" in found[0]:
+            cells += [str(found[0]["cost"]["steps"]), f"{statistics.mean(e['cost']['processor_s'] for e in found):.0f}"]
+        table.add_row(row, *cells)
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()
