@@ -1,4 +1,4 @@
-"""What masked regression saves by not computing: hidden patches, a teacher's last blocks."""
+"""What masked regression saves by not computing: hidden patches, a teacher's last blocks, a teacher's pass for each mask."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from ssd.backbones.vit import ViT
+from ssd.batch import Batch
 from ssd.benchmarks.paired import Pair, compare
 from ssd.benchmarks.step import clock, wait
 from ssd.errors import UserError
 from ssd.masking.recipes import RandomMasks
+from ssd.views.recipes import CropViews
+
+MASKS = 8  # of a picture, which share what a teacher made of it
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,10 @@ class Case:
         hidden = RandomMasks(self.ratio).draw(1, self.batch, network.grid(self.size, self.size), 0, 0)[0]
         return torch.from_numpy((~hidden).nonzero()[1].reshape(self.batch, -1)).to(self.device)
 
-    def timed(self, name: str, against: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> Pair:
-        """Pictures a second of both, under the case's precision."""
+    def timed(
+        self, name: str, against: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, masks: int = 1
+    ) -> Pair:
+        """Pictures a second of both, as often as they have masks, under the case's precision."""
 
         def done(work: Callable[[], Any]) -> Callable[[], None]:
             def run() -> None:
@@ -61,7 +67,7 @@ class Case:
 
             return run
 
-        settings: dict[str, Any] = {"count": self.batch, "rounds": rounds, "unit": "images/s", "clock": clock()}
+        settings: dict[str, Any] = {"count": self.batch * masks, "rounds": rounds, "unit": "images/s", "clock": clock()}
         return compare(f"{name}, {self.name()}", done(ours), done(theirs), against=against, **settings)
 
 
@@ -103,9 +109,44 @@ def compare_teacher(case: Case, rounds: int) -> list[Pair]:
     return [case.timed(name, against, stopped, theirs, rounds) for against, theirs in others.items()]
 
 
+def compare_masks(case: Case, rounds: int) -> Pair:
+    """data2vec 2.0's teacher and student, forward and backward: several masks that share the teacher's one pass, beside as
+    many passes of one mask. A count is a mask of a picture."""
+    from lightning_modules.data2vec2 import Data2Vec2
+
+    def pass_of(number: int) -> Callable[[], None]:
+        network = case.backbone()
+        module = Data2Vec2(
+            network, views=CropViews(size=case.size), num_masks=number, top_blocks=min(10, network.num_blocks)
+        )
+        module.to(case.device).train().begin(1000, 100)
+        masks = {"global": module.mask_plans()["global"].draw(case.batch, 0, 0)}
+        index = torch.arange(case.batch, device=case.device)
+        batch = Batch({"global": case.pictures()[None]}, index, case.batch, masks=masks).to(case.device)
+
+        def learn() -> None:
+            with torch.no_grad():
+                targets = module.targets(batch)
+            total: Any = sum(module.losses(batch, targets).values())
+            total.backward()
+            module.student.zero_grad()
+
+        return learn
+
+    together, alone = pass_of(MASKS), pass_of(1)
+
+    def one_by_one() -> None:
+        for _ in range(MASKS):
+            alone()
+
+    name = f"data2vec 2.0, {MASKS} masks of a picture"
+    return case.timed(name, f"{MASKS} passes", together, one_by_one, rounds, MASKS)
+
+
 PARTS = {
     "encoder": "forward and backward pass of visible patches, beside that of all",
     "teacher": "DMAE's teacher stopped where it is tapped, beside run to its end, and to its end on whole pictures",
+    "masks": f"data2vec 2.0's {MASKS} masks that share the teacher's pass, beside a pass for each",
 }
 
 
@@ -122,4 +163,4 @@ def measure(part: str, case: Case, rounds: int) -> list[Pair]:
     """The comparisons of one of PARTS."""
     if part == "encoder":
         return [compare_encoder(case, rounds)]
-    return compare_teacher(case, rounds)
+    return compare_teacher(case, rounds) if part == "teacher" else [compare_masks(case, rounds)]
