@@ -79,6 +79,9 @@ class Run:
         teacher: run whose student teaches, frozen.
         begins: run whose student, with its decoder, is gone on with.
         photographs: learn from those of `--further`, at the size's own grey pixels.
+        pictures: of a step, as a share of the others'; the rest is for several masks of each.
+        network: settings of the backbone beside the size's.
+        decoder: whether it is MAE's.
     """
 
     method: str
@@ -87,6 +90,9 @@ class Run:
     teacher: str | None = None
     begins: str | None = None
     photographs: bool = False
+    pictures: float = 1
+    network: dict[str, Any] = field(default_factory=dict)
+    decoder: bool = True
 
 
 def hidden(ratio: float | None = None, keep: int | None = None) -> dict[str, Any]:
@@ -115,6 +121,19 @@ RUNS |= {
     "further": Run("FurtherPretraining", GOES_ON | {"stages": [1]}, length=0.6, begins="photographs"),
     "self_distilled": Run("FurtherPretraining", GOES_ON | {"stages": [1, 1]}, length=1.2, begins="photographs"),
 }
+RUNS["data2vec2"] = Run(
+    "Data2Vec2",
+    {
+        "num_masks": 4,
+        "top_blocks": 3,
+        "momentum": {"class_path": "Linear", "init_args": {"start": 0.97, "end": 0.999, "until": 0.3}},
+        "decoder_dim": 64,
+        "decoder_depth": 3,
+    },
+    pictures=0.25,
+    network={"post_norm": True},
+    decoder=False,
+)
 ROWS = {
     "mae": ("mae", "last.ckpt#student"),
     "dbot_0": ("dbot", "stage-0.safetensors"),
@@ -126,6 +145,7 @@ ROWS = {
     "dmae_10": ("dmae_10", "last.ckpt#student"),
     "dmae_4": ("dmae_4", "last.ckpt#student"),
     "features": ("features", "last.ckpt#student"),
+    "data2vec2": ("data2vec2", "last.ckpt#teacher"),
 }
 """Row -> the run and the network that it shows: the student of a stage is the teacher of the next."""
 FINE_TUNED = {
@@ -149,8 +169,9 @@ class StageEnds(pl.Callback):
             save_file(state, folder / f"stage-{begins.index(module.step) - 1}.safetensors")
 
 
-def network(size: dict[str, Any], weights: str | None = None) -> dict[str, Any]:
-    settings = {"name": "vit_tiny_patch16_224", "fixed_positions": True, **size["network"]}
+def network(size: dict[str, Any], name: str, weights: str | None = None) -> dict[str, Any]:
+    """Settings of the backbone of a run."""
+    settings = {"name": "vit_tiny_patch16_224", "fixed_positions": True, **size["network"], **RUNS[name].network}
     return settings if weights is None else settings | {"weights": weights}
 
 
@@ -161,17 +182,17 @@ def checkpoint(name: str, seed: int, arguments: argparse.Namespace) -> Path:
 def config(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     run, size = RUNS[name], SIZES[arguments.data]
     settings = {
-        "backbone": {"class_path": "ViT", "init_args": network(size)},
+        "backbone": {"class_path": "ViT", "init_args": network(size, name)},
         "views": {"class_path": "CropViews", "init_args": size["views"]},
         "lr": {"class_path": "Cosine", "init_args": {"start": arguments.lr, "end": 0.01 * arguments.lr, "warmup": 0.1}},
         "lr_rule": "none",
         "steps": round(run.length * (arguments.steps or size["steps"])),
-        **size["decoder"],
+        **(size["decoder"] if run.decoder else {}),
         **run.settings,
     }
     if run.teacher is not None:
         weights = f"{checkpoint(run.teacher, seed, arguments) / 'last.ckpt'}#student"
-        teacher = network(size, weights)
+        teacher = network(size, run.teacher, weights)
         settings["teacher"] = {"class_path": "ViT", "init_args": teacher}
     if run.begins is not None:
         settings["pretrained"] = str(checkpoint(run.begins, seed, arguments) / "last.ckpt")
@@ -206,10 +227,11 @@ def trained(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, fl
         if run.photographs:
             data = ["--data", "Images", "--data.path", arguments.further, "--data.channels", "1"]
         quiet = ["--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches", "0", "--trainer.devices", "1"]
+        batch = round(run.pictures * arguments.batch)
         started, began = time.process_time(), time.perf_counter()
         ssd(
             *("fit", "--config", str(folder / "method.yaml"), *data),
-            *("--data.batch_size", str(arguments.batch), "--data.num_workers", str(arguments.workers)),
+            *("--data.batch_size", str(batch), "--data.num_workers", str(arguments.workers)),
             *("--trainer.accelerator", arguments.accelerator, "--trainer.precision", arguments.precision, *quiet),
             *("--seed_everything", str(seed), "--trainer.default_root_dir", str(folder)),
         )
@@ -217,7 +239,7 @@ def trained(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, fl
         steps = made["model"]["init_args"]["steps"]
         if read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]["_extra_state"]["step"] < steps:
             raise SystemExit(f"{folder} was stopped before its end. Remove it to run it again.")
-        cost.write_text(json.dumps(spent | {"steps": steps, "pictures": steps * arguments.batch}))
+        cost.write_text(json.dumps(spent | {"steps": steps, "pictures": steps * batch}))
     return json.loads(cost.read_text())
 
 
@@ -280,7 +302,7 @@ def judged(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
         if row != "pixels":
             torch.manual_seed(seed)
             weights = f"{folder / file}" if file else None
-            embed = ViT(**network(SIZES[arguments.data], weights), in_chans=about["channels"]).eval()
+            embed = ViT(**network(SIZES[arguments.data], run, weights), in_chans=about["channels"]).eval()
         found = {"numbers": judge.numbers(embed, seed)} | ({"cost": cost} if row in ROWS else {})
         place.write_text(json.dumps(found))
     return json.loads(place.read_text())
