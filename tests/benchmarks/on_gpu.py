@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 SSD = (sys.executable, "-c", "from ssd.cli import main; raise SystemExit(main())")
-STEPS, BATCH = "4000", "256"  # of each run of the family's table
+STEPS, BATCH = "4000", "256"  # of each run of the tables of the family and of masked distillation
 
 
 def stages(out: Path, train: str | None, test: str | None) -> dict[str, tuple[list[str], float]]:
@@ -23,16 +23,20 @@ def stages(out: Path, train: str | None, test: str | None) -> dict[str, tuple[li
     found = {
         "tests": ([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], 3.0),
         "parity": ([*SSD, "verify", "parity", "--device", "cuda"], 2.0),
-        "step": ([*SSD, "bench", "step", "--parts", "step", "--rounds", "3"], 8.0),
+        "step": ([*SSD, "bench", "step", "--parts", "steps", "--rounds", "3"], 8.0),
+        "masked": ([*SSD, "bench", "masked", "--device", "cuda", "--batch", "64", "--rounds", "3"], 2.0),
         "evaluation": ([*SSD, "bench", "evaluation", "--rounds", "3", "--parts", "knn"], 4.0),
         "data": ([*SSD, "bench", "data", "--rounds", "3"], 2.0),
     }
-    for name in ("parity", "step", "evaluation", "data"):
+    for name in ("parity", "step", "masked", "evaluation", "data"):
         found[name][0].extend(("--json", str(out / f"{name}.json")))
     if train is not None and test is not None:
         family = [sys.executable, "-m", "tests.benchmarks.family", "cifar10", "--path", train, "--val_path", test]
         family += ["--accelerator", "gpu", "--steps", STEPS, "--batch", BATCH, "--workers", "8", "--seeds", "0"]
         found["family"] = ([*family, "--out", str(out / "family")], 25.0)
+        regression = [*family, "--out", str(out / "masked_distillation")]
+        regression[2] = "tests.benchmarks.masked_distillation"
+        found["masked_distillation"] = (regression, 25.0)
     return found
 
 
@@ -62,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--minutes", type=float, default=60.0, help="in all; what does not fit is left for another call"
     )
-    parser.add_argument("--train", help="CIFAR-10 as Parquet, for the table of the family")
+    parser.add_argument("--train", help="CIFAR-10 as Parquet, for the tables of the family and of masked distillation")
     parser.add_argument("--test", help="its held-out part")
     parser.add_argument("--stages", nargs="+", help="only these")
     arguments = parser.parse_args(argv)
@@ -72,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = set(arguments.stages or ()) - set(known)
     if unknown:
         parser.error(
-            f"no stage {', '.join(sorted(unknown))}. There are {', '.join(known)}; family needs --train and --test."
+            f"no stage {', '.join(sorted(unknown))}. There are {', '.join(known)}; family and masked_distillation need --train "
+            "and --test."
         )
     print(f"on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, torch {torch.__version__}")
     ends, failed = time.monotonic() + 60 * arguments.minutes, False

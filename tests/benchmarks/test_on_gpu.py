@@ -1,6 +1,16 @@
 import sys
 
+from ssd.cli import main
 from tests.benchmarks import on_gpu
+
+
+def test_what_is_measured_is_asked_for_in_words_that_the_command_knows(tmp_path, capsys):
+    """Options before --help are read before it is answered."""
+    commands = [command for command, _ in on_gpu.stages(tmp_path, None, None).values()]
+    ours = [command[len(on_gpu.SSD) :] for command in commands if tuple(command[: len(on_gpu.SSD)]) == on_gpu.SSD]
+    assert len(ours) == 5
+    for words in ours:
+        assert main([*words, "--help"]) == 0, capsys.readouterr().err
 
 
 def test_what_is_done_is_kept_and_what_fails_or_takes_too_long_is_said(tmp_path, monkeypatch, capsys):
