@@ -136,7 +136,8 @@ class SelfDistillation(Step, pl.LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
-        batch_norms = [m for m in self.modules() if isinstance(m, NORMALISATIONS)]
+        # one that evaluates, in a frozen teacher, couples no samples
+        batch_norms = [m for m in self.modules() if isinstance(m, NORMALISATIONS) and m.training]
         if batch_norms and not self.ghost_norm:
             if self.micro_batches > 1:
                 raise UserError(

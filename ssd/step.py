@@ -182,6 +182,7 @@ class Step(Recorded, nn.Module):
         self.skipped_in_a_row = 0
         self.samples_per_step = 0
         self.stop_requested = False
+        self.evident: tuple[float, ...] = ()
         self.last_report: StepReport | None = None
 
     # ------------------------------------------------------------------ a method
@@ -191,7 +192,8 @@ class Step(Recorded, nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define targets")
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
-        """Student side, on a slice: raw terms, each a sum divided by a count of the whole step. Reads only.
+        """Student side, on a slice: raw terms, each a sum divided by a count of the whole step. Reads only, but may fill
+        room that `targets` left in what it answered.
 
         As `Terms` where more than they is to be known.
         """
@@ -200,6 +202,16 @@ class Step(Recorded, nn.Module):
     def update(self, targets: Targets) -> None:
         """Writes whatever is not the student's weights. Once, after the optimiser step; not on a skipped step."""
         raise NotImplementedError(f"{type(self).__name__} must define update")
+
+    def settle(self, batch: Batch) -> None:
+        """What a run must learn from its data before its first step, with that step's whole batch and no gradient. Called
+        before every step, so that a batch that is not finite settles nothing: what is settled already returns at once. The
+        one place that may wait for the device."""
+
+    def evidence(self, targets: Targets) -> Tensor | None:
+        """Numbers (R,), float32 and the same on every rank, that `update` decides by. Called after the losses of all slices,
+        which may have filled `targets`; while `update` runs they are `self.evident`, come with the step's one wait."""
+        return None
 
     def begin_fresh(self) -> None:
         """Called once where a run begins that goes on with no other, before its first step and after `start_from` was
@@ -317,6 +329,7 @@ class Step(Recorded, nn.Module):
             )
         statistics = self.normalisation_statistics()
         with torch.no_grad():
+            self.settle(batch)
             targets = self.targets(batch)
 
         slices = self.micro_batches
@@ -339,7 +352,7 @@ class Step(Recorded, nn.Module):
                 scaler.unscale_(optimizer)
         plans = self.optimized()
         norms = [gradient_norms(plan.module) for plan in plans]
-        report = self._agree(terms, total, norms, answers, targets if measure else None)
+        report = self._agree(terms, total, norms, answers, targets, measure)
 
         if report.not_finite:
             for buffer, saved in statistics:
@@ -409,13 +422,17 @@ class Step(Recorded, nn.Module):
         total: Tensor,
         norms: list[Tensor],
         answers: dict[str, Tensor],
-        targets: Targets | None,
+        targets: Targets,
+        measure: bool,
     ) -> StepReport:
         """Sums the terms over ranks and finds out whether all is finite on all of them. The step's one wait."""
-        measured = {} if targets is None else self.measures(targets) | answers
-        used = {} if targets is None else measured_use(targets, centers_of(self))
+        with torch.no_grad():
+            evidence = self.evidence(targets)
+        measured = self.measures(targets) | answers if measure else {}
+        used = measured_use(targets, centers_of(self)) if measure else {}
         of_measures = [value.detach().float()[None] for value in measured.values()]
-        means = torch.cat([total.new_zeros(0), *of_measures, *(state for _, state in used.values())])
+        decisive = total.new_zeros(0) if evidence is None else evidence.float()
+        means = torch.cat([decisive, *of_measures, *(state for _, state in used.values())])
         parts = torch.stack([*(term.float() for term in terms.values()), total.float()])
         norm = torch.linalg.vector_norm(torch.cat(norms))
         flags = torch.cat([~parts.isfinite(), ~norm.isfinite()[None]]).float()
@@ -428,7 +445,8 @@ class Step(Recorded, nn.Module):
             flagged = tuple(name for name in flagged if name != "total")
         rest = values[len(names) + 1 :]
         sums, (total_sum, norm_sum, *mean_sums) = rest[: len(terms)], rest[len(terms) :]
-        found = [value / world_size() for value in mean_sums]
+        of_all = [value / world_size() for value in mean_sums]
+        self.evident, found = tuple(of_all[: len(decisive)]), of_all[len(decisive) :]
         states = found[len(measured) :]
         uses = {
             kind: target_use(size, *states[4 * place : 4 * place + 4])

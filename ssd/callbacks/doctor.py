@@ -75,7 +75,8 @@ class Doctor(pl.Callback):
         self._phase: Phase | None = None
         self._student = sampled_weights(pl_module.student)
         theirs = dict(pl_module.teacher.network.named_parameters()) if hasattr(pl_module.teacher, "network") else {}
-        self._teacher = {name: theirs[name] for name in self._student if name in theirs}
+        # a teacher of its own may have layers of the same names and other sizes
+        self._teacher = {n: theirs[n] for n, own in self._student.items() if n in theirs and theirs[n].shape == own.shape}
         self._hook = pl_module.evaluated_backbone.register_forward_hook(self._catch)
         self._watch = Watch(pl_module)
         self._look_at_networks(trainer, pl_module)
