@@ -106,6 +106,11 @@ class Backbone(Recorded, nn.Module):
         raise NotImplementedError
 
     @property
+    def patch_dim(self) -> int:
+        """Width of `Tokens.patches`."""
+        return self.embed_dim
+
+    @property
     def patch_size(self) -> int | tuple[int, int]:
         raise NotImplementedError
 

@@ -80,6 +80,10 @@ class ConvNet(Backbone):
         return self.model.head_hidden_size
 
     @property
+    def patch_dim(self) -> int:
+        return self.model.num_features
+
+    @property
     def patch_size(self) -> int:
         return self.model.feature_info[-1]["reduction"] // (4 if self.edits else 1)
 

@@ -76,7 +76,9 @@ class Doctor(pl.Callback):
         self._student = sampled_weights(pl_module.student)
         theirs = dict(pl_module.teacher.network.named_parameters()) if hasattr(pl_module.teacher, "network") else {}
         # a teacher of its own may have layers of the same names and other sizes
-        self._teacher = {n: theirs[n] for n, own in self._student.items() if n in theirs and theirs[n].shape == own.shape}
+        self._teacher = {
+            n: theirs[n] for n, own in self._student.items() if n in theirs and theirs[n].shape == own.shape
+        }
         self._hook = pl_module.evaluated_backbone.register_forward_hook(self._catch)
         self._watch = Watch(pl_module)
         self._look_at_networks(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""Files of weights as DINO, iBOT, DINOv2, DINOv3 and data2vec 2.0 publish them, turned into timm's names.
+"""Files of weights as DINO, iBOT, DINOv2, DINOv3, data2vec 2.0 and MoCo v3 publish them, turned into timm's names.
 
 Training files hold `student` and `teacher`, each with a backbone and heads; releases hold a backbone alone,
 flat or under `state_dict`. data2vec 2.0 publishes its student with the average of it inside.
@@ -21,6 +21,7 @@ TRAINING_ONLY = ("local_cls_norm.",)
 HEADS = ("head", "dino_head", "ibot_head")
 AVERAGE = "_ema"
 PICTURES = "modality_encoders.IMAGE."  # of data2vec 2.0, which also knows sound and text
+MOCO = {"teacher": "momentum_encoder.", "student": "base_encoder."}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PublicWeights:
     Args:
         backbone: keys as published, without prefixes.
         heads: "head", "dino_head" or "ibot_head" -> its state with `weight_g` (K, 1) and `weight_v`
-            (K, d) for the weight-normed layer, whichever way the file spells it.
+            (K, d) for the weight-normed layer, whichever way the file spells it; "projector" of MoCo v3 -> its layers.
     """
 
     backbone: dict[str, Tensor]
@@ -42,6 +43,8 @@ def read_public(contents: Any, network: str = "teacher", where: str = "the file"
     has no choice. Raises UserError where there are no weights."""
     state = find_state(contents, network, where)
     state = {key.removeprefix("module.").replace("_orig_mod.", ""): value for key, value in state.items()}
+    if any(key.startswith(tuple(MOCO.values())) for key in state):
+        return read_moco(state, network, where)
     if not any(key.startswith("backbone.") for key in state):
         return PublicWeights(state, {})
     backbone: dict[str, Tensor] = {}
@@ -53,6 +56,23 @@ def read_public(contents: Any, network: str = "teacher", where: str = "the file"
         else:
             backbone[rest if part == "backbone" else key] = value
     return PublicWeights(backbone, {name: classic_weight_norm(head) for name, head in heads.items()})
+
+
+def read_moco(state: Mapping[str, Tensor], network: str, where: str) -> PublicWeights:
+    """One encoder of a file of MoCo v3, whose projector stands in the classifier's place, as `fc` or `head`."""
+    if network not in MOCO:
+        raise UserError(f"{where} has no network '{network}'. Name one after the file: #{', #'.join(MOCO)}.")
+    backbone: dict[str, Tensor] = {}
+    projector: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key.startswith(MOCO[network]):
+            key = key.removeprefix(MOCO[network])
+            layer = re.match(r"(?:fc|head)\.(\d+\..*)", key)
+            if layer:
+                projector[layer[1]] = value
+            else:
+                backbone[key] = value
+    return PublicWeights(backbone, {"projector": projector})
 
 
 def find_state(contents: Any, network: str, where: str) -> Mapping[str, Tensor]:

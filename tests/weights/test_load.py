@@ -35,6 +35,26 @@ def again(reference: ViT, weights, **settings) -> ViT:
 # ------------------------------------------------------------------ public layouts
 
 
+def test_an_encoder_of_moco_v3_is_loaded_without_the_projector_in_the_classifiers_place(tmp_path):
+    networks = {"momentum_encoder": tiny_resnet(seed=1), "base_encoder": tiny_resnet(seed=2)}
+    state = {
+        f"module.{name}.{key}": value
+        for name, network in networks.items()
+        for key, value in network.model.state_dict().items()
+    }
+    state |= {f"module.{name}.fc.0.weight": torch.ones(4, 16) for name in networks}
+    state["module.predictor.0.weight"] = torch.ones(4, 4)
+    torch.save({"epoch": 1, "state_dict": state}, tmp_path / "moco.pth.tar")
+    for suffix, name in (("", "momentum_encoder"), ("#student", "base_encoder")):
+        found = ConvNet(networks[name].name, weights=f"{tmp_path}/moco.pth.tar{suffix}", arguments=RESNET)
+        theirs = networks[name].model.state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in found.model.state_dict().items())
+    heads = read_public({"state_dict": state}, "teacher").heads
+    assert heads["projector"].keys() == {"0.weight"}
+    with pytest.raises(UserError, match=r"no network 'other'. Name one after the file: #teacher, #student"):
+        ConvNet(networks["base_encoder"].name, weights=f"{tmp_path}/moco.pth.tar#other", arguments=RESNET)
+
+
 def head_state(modern: bool) -> dict[str, Tensor]:
     """A head as published: an MLP and a weight-normed layer, spelled by torch itself."""
     generator = torch.Generator().manual_seed(3)
