@@ -159,7 +159,8 @@ class PCD(SelfDistillation):
         if not temperature > 0:
             raise UserError(f"temperature: {temperature} is not above 0. The published value is 0.2.")
         self.size = views[0].size
-        self.grid = backbone.grid(self.size, self.size)
+        rows, columns = backbone.grid(self.size, self.size)
+        self.grid = (rows, columns)
         theirs = teacher.grid(self.size, self.size)
         if theirs[0] < self.grid[0] or theirs[1] < self.grid[1]:
             raise UserError(

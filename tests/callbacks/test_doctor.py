@@ -11,11 +11,15 @@ from timm.layers import DropPath
 
 import ssd.callbacks.throughput
 from lightning_modules.dinov2 import DINOv2
+from lightning_modules.leap import LEAP
+from ssd.backbones.vit import ViT
 from ssd.callbacks.checkpoints import AtomicCheckpointIO
 from ssd.callbacks.doctor import Doctor
 from ssd.callbacks.throughput import Throughput
+from ssd.views.recipes import CropViews
 from tests.contract import poison
 from tests.lightning_modules.runs import (
+    VIT,
     At,
     Poison,
     convnet,
@@ -362,3 +366,13 @@ def test_it_is_silent_where_it_is_switched_off(tmp_path, capsys):
 def test_a_run_without_logged_steps_is_still_told_of_losses_that_are_no_numbers(tmp_path):
     doctor = examined(tmp_path, vit(steps=12), Poison(3), log_every_n_steps=0)
     assert kinds(doctor) == ["not-finite"]
+
+
+def test_a_teacher_with_layers_of_the_same_names_and_other_sizes_is_examined(tmp_path):
+    torch.manual_seed(0)
+    networks = (
+        ViT("vit_tiny_patch16_224", img_size=16, in_chans=1, arguments={**VIT, "embed_dim": width})
+        for width in (24, 32)
+    )
+    module = LEAP(*networks, views=CropViews(size=16), steps=12)
+    assert examined(tmp_path, module).findings == []
