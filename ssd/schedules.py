@@ -104,11 +104,19 @@ class Cosine(Schedule):
         warmup: length of the rise, a share of the run or a count with its unit.
         reaches_end: the other form: the rise does not include its end, so `start` occurs once, and the last tick is at
             `end` (DINOv3's long recipes).
+        truncate: share of the half cosine that the run goes through, pi i / n times it, so that it ends between `start` and
+            `end` (Darcet et al. 2025: .8, which leaves .0955 of the way).
     """
 
     warmup: Length = 0.0
     warmup_start: float = 0.0
     reaches_end: bool = False
+    truncate: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.truncate <= 1:
+            raise UserError(f"truncate: {self.truncate} is not a share above 0 and at most 1. 1 is half a cosine.")
 
     def _value(self, tick: int, ticks: int, length_in_ticks: Callable[[Length], int]) -> float:
         rise = length_in_ticks(self.warmup)
@@ -119,7 +127,8 @@ class Cosine(Schedule):
             return self.end
         if self.reaches_end:
             rise, ticks = min(rise, ticks - 2), ticks - 1
-        return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * (tick - rise) / (ticks - rise)))
+        gone = self.truncate * (tick - rise) / (ticks - rise)
+        return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * gone))
 
 
 def value_at(setting: float | Schedule, step: int, total: int, steps_per_epoch: int) -> float:

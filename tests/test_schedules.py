@@ -79,3 +79,20 @@ def test_the_form_that_reaches_its_end_has_the_published_values():
     assert [constant.value(i, 8, 1) for i in range(8)] == pytest.approx([0, 0.5, 1, 1.5, 2, 2, 2, 2])
     only = Cosine(1.0, 0.0, warmup="4 steps", reaches_end=True)
     assert [only.value(i, 5, 1) for i in range(5)] == pytest.approx([0, 0.25, 0.5, 0.75, 0])
+
+
+def test_a_truncated_cosine_has_the_published_values():
+    """Darcet et al. 2025: 1000 steps, 100 of warm-up, .8 of half a cosine: it ends near (1 + cos .8 pi) / 2 = .0954915."""
+    rate = Cosine(1.0, 0.0, warmup=0.1, truncate=0.8)
+    momentum = Cosine(0.999, 1.0, warmup=0.1, warmup_start=1.0, truncate=0.8)
+    assert rate.value(0, 1000, 10) == 0.0 and momentum.value(0, 1000, 10) == 1.0
+    assert rate.value(99, 1000, 10) == rate.value(100, 1000, 10) == 1.0, "the peak occurs twice"
+    assert momentum.value(99, 1000, 10) == pytest.approx(0.999)
+    assert rate.value(999, 1000, 10) == pytest.approx(0.0963138, abs=5e-8)
+    assert momentum.value(999, 1000, 10) == pytest.approx(0.99990369, abs=5e-9)
+    assert rate.value(499_999, 500_000, 10) == pytest.approx(0.0954915, abs=5e-6)
+    assert rate.value(550, 1000, 10) == pytest.approx(0.5 * (1 + math.cos(0.4 * math.pi)))
+    assert rate.value(1000, 1000, 10) == 0.0, "behind its end"
+    assert Cosine(1.0, 0.0, truncate=1.0) == Cosine(1.0, 0.0)
+    with pytest.raises(UserError, match="truncate: 0"):
+        Cosine(1.0, 0.0, truncate=0.0)
