@@ -214,9 +214,10 @@ class SelfDistillation(Step, pl.LightningModule):
                 f"strategy: tensor_parallel_size of {mesh['tensor_parallel'].size()} would split layers, which no method here "
                 "does. Use tensor_parallel_size: 1 and data_parallel_size: the number of processes."
             )
-        shard(self.student, mesh["data_parallel"])
-        for teacher in [module for module in self.modules() if isinstance(module, Teacher)]:
-            shard(teacher.network, mesh["data_parallel"])
+        trained = [plan.module for plan in self.optimized()]
+        teachers = [module.network for module in self.modules() if isinstance(module, Teacher)]
+        for network in (*trained, *teachers):
+            shard(network, mesh["data_parallel"])
 
     def configure_optimizers(self) -> list[Optimizer]:
         return self.build_optimizers()

@@ -85,17 +85,32 @@ class LARSOptimizer(Optimizer):
                 parameter.sub_(state["momentum_buffer"] * group["lr"])
 
 
-def decays_unless_bias_or_1d(name: str, parameter: Tensor) -> bool:
+def decays_unless_bias_or_1d(name: str, parameter: Tensor) -> float:
     """DINO and iBOT: biases and vectors are free of decay; position embeddings, class token and (K, 1) gains are not."""
-    return not (name.endswith(".bias") or parameter.ndim == 1)
+    return float(not (name.endswith(".bias") or parameter.ndim == 1))
 
 
-def decays_unless_bias_norm_or_scale(name: str, parameter: Tensor) -> bool:
+def decays_unless_bias_norm_or_scale(name: str, parameter: Tensor) -> float:
     """DINOv2: biases and everything named norm or gamma are free of decay."""
-    return not (name.endswith(".bias") or "norm" in name or "gamma" in name)
+    return float(not (name.endswith(".bias") or "norm" in name or "gamma" in name))
 
 
-DECAY_RULES = {"bias_and_1d": decays_unless_bias_or_1d, "bias_norm_and_scale": decays_unless_bias_norm_or_scale}
+def decays_unless_bias_and_norms_by_a_tenth(name: str, parameter: Tensor) -> float:
+    """CAPI: biases are free of decay, gains of normalisations decay by a tenth, all else wholly."""
+    return 0.0 if name.endswith(".bias") else 0.1 if "norm" in name else 1.0
+
+
+def decays(name: str, parameter: Tensor) -> float:
+    """All alike, as torch does it where nothing is said."""
+    return 1.0
+
+
+DECAY_RULES = {
+    "bias_and_1d": decays_unless_bias_or_1d,
+    "bias_norm_and_scale": decays_unless_bias_norm_or_scale,
+    "bias_and_norms_by_a_tenth": decays_unless_bias_and_norms_by_a_tenth,
+    "none": decays,
+}
 
 
 def parameter_groups(
@@ -103,7 +118,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Trainable parameters of a module, grouped by how they are trained.
 
-    Each group says whether it `decays`, what its learning rate is multiplied by (`lr_scale`), and whether it is a
+    Each group says what its weight decay and its learning rate are multiplied by (`decays`, `lr_scale`), and whether it is a
     `last_layer`, which may be frozen at first. With L blocks, a backbone's parameters at depth i, 0 for what comes before
     the blocks and L + 1 behind them, learn at layer_decay^(L + 1 - i) (DINOv2); a mask token counts as coming before.
 
@@ -112,14 +127,14 @@ def parameter_groups(
     if decay_rule not in DECAY_RULES:
         raise UserError(f"decay_rule: '{decay_rule}' is unknown. Choose one of {', '.join(sorted(DECAY_RULES))}.")
     scales = lr_scales(module, layer_decay, patch_embed_lr_scale)
-    groups: dict[tuple[bool, float, bool], list[Tensor]] = {}
+    groups: dict[tuple[float, float, bool], list[Tensor]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             kind = (DECAY_RULES[decay_rule](name, parameter), scales[name], "last_layer" in name)
             groups.setdefault(kind, []).append(parameter)
     return [
-        {"params": parameters, "decays": decays, "lr_scale": scale, "last_layer": last_layer}
-        for (decays, scale, last_layer), parameters in groups.items()
+        {"params": parameters, "decays": share, "lr_scale": scale, "last_layer": last_layer}
+        for (share, scale, last_layer), parameters in groups.items()
     ]
 
 

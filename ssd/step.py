@@ -36,13 +36,24 @@ NORMALISATIONS = (nn.modules.batchnorm._BatchNorm,)
 
 @dataclass(frozen=True)
 class Optimized:
-    """What one optimiser trains, and how. A method with several students names one of these for each."""
+    """What one optimiser trains, and how. A method with several students names one of these for each.
+
+    Args:
+        decay_rule, layer_decay, patch_embed_lr_scale: as in `parameter_groups`.
+    """
 
     module: nn.Module
     optimizer: OptimizerRule
     lr: float | Schedule
     weight_decay: float | Schedule
     clip: Clip | None
+    decay_rule: str
+    layer_decay: float = 1.0
+    patch_embed_lr_scale: float = 1.0
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Its parameters by how they are trained."""
+        return parameter_groups(self.module, self.decay_rule, self.layer_decay, self.patch_embed_lr_scale)
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,8 @@ class Step(Recorded, nn.Module):
         lr_rule: how the rate follows the global batch: "linear" or "sqrt" in batch / `lr_reference_batch`, or "none".
         lr_reference_batch: the global batch for which `lr` is written.
         weight_decay: of decayed parameters.
-        decay_rule: "bias_and_1d" frees biases and vectors (DINO), "bias_norm_and_scale" frees by name (DINOv2).
+        decay_rule: "bias_and_1d" frees biases and vectors (DINO), "bias_norm_and_scale" frees by name (DINOv2),
+            "bias_and_norms_by_a_tenth" frees biases and leaves gains of normalisations a tenth (CAPI), "none" frees nothing.
         layer_decay: factor on the learning rate from one block to the one before it; 1 trains all alike.
         patch_embed_lr_scale: further factor on the learning rate of the patch embedding.
         clip: gradient clipping, or null.
@@ -224,12 +236,12 @@ class Step(Recorded, nn.Module):
 
     def optimized(self) -> list[Optimized]:
         """One entry an optimiser: the student by the engine's settings, unless a method says otherwise."""
-        return [Optimized(self.student, self.optimizer, self.lr, self.weight_decay, self.clip)]
+        rates = (self.decay_rule, self.layer_decay, self.patch_embed_lr_scale)
+        return [Optimized(self.student, self.optimizer, self.lr, self.weight_decay, self.clip, *rates)]
 
     def build_optimizers(self) -> list[Optimizer]:
         """One for each entry of `optimized`, in its order."""
-        rates = (self.decay_rule, self.layer_decay, self.patch_embed_lr_scale)
-        return [plan.optimizer.build(parameter_groups(plan.module, *rates)) for plan in self.optimized()]
+        return [plan.optimizer.build(plan.groups()) for plan in self.optimized()]
 
     @property
     def evaluated_backbone(self) -> Backbone:
@@ -405,7 +417,7 @@ class Step(Recorded, nn.Module):
         still = self.freeze_by == "rate" and self._frozen()
         for group in optimizer.param_groups:
             group["lr"] = 0.0 if still and group["last_layer"] else lr * group["lr_scale"]
-            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+            group["weight_decay"] = weight_decay * group["decays"]
 
     def normalisation_statistics(self) -> list[tuple[Tensor, Tensor]]:
         """Buffers that a forward pass writes, with copies: batch normalisation gathers while it computes."""

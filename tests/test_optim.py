@@ -98,6 +98,12 @@ def test_published_decay_rules():
 
     assert decayed("bias_and_1d") == {"pos_embed", "cls_token", "linear.weight", "gamma", "weight_g"}
     assert decayed("bias_norm_and_scale") == {"pos_embed", "cls_token", "linear.weight", "weight_g"}
+    groups = parameter_groups(network, "bias_and_norms_by_a_tenth")
+    shares = {names[id(p)]: group["decays"] for group in groups for p in group["params"]}
+    assert shares.pop("norm.weight") == 0.1
+    assert {name for name, share in shares.items() if not share} == {"norm.bias", "linear.bias"}
+    assert all(share in (0, 1) for share in shares.values())
+    assert [group["decays"] for group in parameter_groups(network, "none")] == [1]
     with pytest.raises(UserError, match="decay_rule"):
         parameter_groups(network, "none of these")
 

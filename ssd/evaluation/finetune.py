@@ -346,7 +346,7 @@ def averaged(network: Classifier, momentum: float) -> AveragedModel | None:
 def schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        group["weight_decay"] = weight_decay * group["decays"]
 
 
 @contextlib.contextmanager

@@ -9,12 +9,11 @@ import numpy as np
 from torch import nn
 
 from ssd.backbones.base import Backbone
-from ssd.backbones.vit import ViT
 from ssd.data.broken import UNREADABLE
 from ssd.heads import PROTOTYPES, Prototypes
 from ssd.masked_branch import MaskedBranch
 from ssd.masking.batch import MaskPlan
-from ssd.optim import parameter_groups, resolve_lr
+from ssd.optim import resolve_lr
 from ssd.schedules import Cosine, Linear, Schedule, in_steps, value_at
 from ssd.targets import Sinkhorn
 from ssd.views.view import PictureViews, Views
@@ -239,7 +238,7 @@ def facts_of(module: Any, data: Any, *, processes: int, max_epochs: int | None, 
     backbone = module.evaluated_backbone
     parts = [name for name, _ in module.student.named_children() if name != "backbone"]
     heads = sum(count(getattr(module.student, name).parameters()) for name in parts)
-    patch = backbone.patch_size if isinstance(backbone, ViT) else None
+    patch = backbone.patch_size if "visible" in backbone.can else None
     return Facts(
         method=type(module).__name__,
         data=type(data).__name__,
@@ -296,8 +295,7 @@ def scales_of(module: Any) -> dict[str, float]:
     scales: dict[str, float] = {}
     for plan in module.optimized():
         names = {id(parameter): name for name, parameter in plan.module.named_parameters()}
-        groups = parameter_groups(plan.module, module.decay_rule, module.layer_decay, module.patch_embed_lr_scale)
-        scales |= {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+        scales |= {names[id(p)]: group["lr_scale"] for group in plan.groups() for p in group["params"]}
     return scales
 
 
@@ -313,7 +311,7 @@ def prototypes_of(student: nn.Module) -> dict[str, int]:
 def views_of(module: Any, backbone: Backbone, batch: int, side: float | None, seed: int) -> dict[str, ViewFacts]:
     if not isinstance(module.views, PictureViews):
         return {}
-    prefix = backbone.num_prefix if isinstance(backbone, ViT) else 0
+    prefix = getattr(backbone, "num_prefix", 0)
     steps = [module.views.at(seed, step).kinds() for step in range(DRAWN_STEPS if changing(module.views) else 1)]
     found = {}
     for kind, first in steps[0].items():
