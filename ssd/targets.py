@@ -57,17 +57,24 @@ class Sinkhorn(nn.Module):
 
     Args:
         iterations: of `sinkhorn_knopp`; 3 in every published recipe.
+        apart: dimension of the logits whose places are assigned each by itself, such as positions; null = none.
     """
 
-    def __init__(self, iterations: int = 3):
+    def __init__(self, iterations: int = 3, apart: int | None = None):
         super().__init__()
         self.iterations = iterations
+        self.apart = apart
 
     def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
-        """(..., K) -> (..., K) distributions; all leading dimensions are assigned jointly, rows that are not `valid`
-        (...) are uniform and do not count."""
-        rows = None if valid is None else valid.flatten()
-        return sinkhorn_knopp(logits.flatten(0, -2), temperature, self.iterations, rows).view(logits.shape)
+        """(..., K) -> (..., K) distributions; all leading dimensions but `apart` are assigned jointly, rows that are not
+        `valid` (...) are uniform and do not count."""
+        if self.apart is None:
+            rows = None if valid is None else valid.flatten()
+            return sinkhorn_knopp(logits.flatten(0, -2), temperature, self.iterations, rows).view(logits.shape)
+        groups = logits.movedim(self.apart, 0)  # (g, ..., K)
+        rows = None if valid is None else valid.movedim(self.apart, 0).flatten(1)
+        probs = sinkhorn_knopp(groups.flatten(1, -2), temperature, self.iterations, rows)
+        return probs.view(groups.shape).movedim(0, self.apart)
 
     def update(self, logits: Tensor | Scores, valid: Tensor | None = None) -> None:
         """Nothing: there is no memory."""

@@ -126,3 +126,24 @@ def test_sinkhorn_does_not_hide_what_is_not_a_number():
     logits[1, 2] = float("nan")
     assert sinkhorn_knopp(logits, 0.1).isnan().any()
     assert sinkhorn_knopp(logits, 0.1, valid=torch.tensor([True, False, True, True])).isfinite().all()
+
+
+def test_sinkhorn_over_a_dimension_apart_is_that_of_each_of_its_places():
+    logits = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))  # (V, B, N, K)
+    probs = Sinkhorn(apart=2)(logits, 0.1)
+    for place in range(3):
+        alone = sinkhorn_knopp(logits[:, :, place].reshape(10, 4), 0.1)
+        assert_close(probs[:, :, place].reshape(10, 4), alone)
+    valid = torch.rand(2, 5, 3, generator=torch.Generator().manual_seed(1)) > 0.3
+    some = Sinkhorn(apart=2)(logits, 0.1, valid)
+    rows = valid[:, :, 1].flatten()
+    assert_close(some[:, :, 1].reshape(10, 4)[rows], sinkhorn_knopp(logits[:, :, 1].reshape(10, 4)[rows], 0.1))
+
+
+def balanced_by_place(rank: int, world: int, logits: torch.Tensor) -> torch.Tensor:
+    return Sinkhorn(apart=1)(logits.chunk(world)[rank], 0.06)
+
+
+def test_places_are_balanced_over_the_samples_of_all_processes(pair):
+    logits = torch.randn(8, 3, 5, generator=torch.Generator().manual_seed(0))
+    assert_close(torch.cat(pair.run(balanced_by_place, logits)), Sinkhorn(apart=1)(logits, 0.06))

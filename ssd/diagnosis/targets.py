@@ -72,7 +72,7 @@ def measured_use(targets: Targets, centers: Mapping[str, Tensor | None]) -> dict
             sums = torch.cat([counts @ rows, (counts @ entropy(rows))[None], counts.sum()[None]])
         sums = sum_over_ranks(sums)
         count = sums[-1].clamp_min(1)
-        share = center_share(targets, kind, centers.get(kind))
+        share = center_share(targets, kind, centers.get(kind), rows.device)
         found[kind] = (rows.shape[1], torch.stack([sums[-1], sums[-2] / count, entropy(sums[:-2] / count), share]))
     return found
 
@@ -82,7 +82,7 @@ def target_use(num_prototypes: int, rows: float, entropy: float, entropy_of_mean
     return TargetUse(num_prototypes, round(rows), entropy, entropy_of_mean, None if math.isnan(share) else share)
 
 
-def center_share(targets: Targets, kind: str, center: Tensor | None) -> Tensor:
+def center_share(targets: Targets, kind: str, center: Tensor | None, device: torch.device) -> Tensor:
     """Length of the centre over that of this step's mean logits; NaN where there is no centre.
 
     An average of logits can hardly be longer than they are, so far above 1 it is no average any more.
@@ -90,7 +90,7 @@ def center_share(targets: Targets, kind: str, center: Tensor | None) -> Tensor:
     name = "logits" if kind == "picture" else "patch_features"
     rows: Tensor | None = getattr(targets, name, None)
     if center is None or rows is None:
-        return torch.full((), math.nan, device=targets.probs.device)
+        return torch.full((), math.nan, device=device)
     mean = rows.detach().float().flatten(0, -2).mean(0)
     if kind == "patch":
         mean = (targets.patch_prototypes.float() * mean).sum(-1)
