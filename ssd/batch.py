@@ -34,7 +34,7 @@ class Masks:
     `visible` (V, B, N - M) hold sorted token indices. With varying counts, `flat` (G, U) holds, for
     each of G equal slices of the batch, the masked places of that slice as indices into its own
     (V, B / G, N) tokens, padded to U with index 0 and `weight` (G, U) 0, so that every slice has
-    the same shape.
+    the same shape. `predicted` (V, B, P) holds those of `masked` that are asked for, where it is not all.
     """
 
     boolean: Tensor
@@ -42,6 +42,7 @@ class Masks:
     visible: Tensor | None = None
     flat: Tensor | None = None
     weight: Tensor | None = None
+    predicted: Tensor | None = None
 
     def part(self, number: int, of: int) -> "Masks":
         """Slice `number` of `of` equal slices along B; where `flat` is used, they are its G slices."""
@@ -57,6 +58,7 @@ class Masks:
             cut(self.visible, 1),
             cut(self.flat, 0),
             cut(self.weight, 0),
+            cut(self.predicted, 1),
         )
 
     def lifted(self) -> "Masks":
@@ -222,6 +224,9 @@ class Scores:
 
     def __getitem__(self, where: Any) -> "Scores":
         return Scores(self.features[where], self.prototypes)
+
+    def flatten(self, first: int, last: int) -> "Scores":
+        return Scores(self.features.flatten(first, last), self.prototypes)
 
     def unflatten(self, dim: int, sizes: tuple[int, ...]) -> "Scores":
         return Scores(self.features.unflatten(dim, sizes), self.prototypes)

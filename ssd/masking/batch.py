@@ -7,11 +7,14 @@ import numpy as np
 import torch
 
 from ssd.batch import Masks
+from ssd.data.randomness import generator
 from ssd.errors import UserError
-from ssd.masking.counts import SPREAD
+from ssd.masking.counts import SPREAD, floor
 from ssd.masking.recipes import Masking
+from ssd.masking.shapes import lowest
 
 ROUND = 64  # padded lengths are multiples of it, so that few shapes occur
+PREDICTED = -9  # stands where the index of a sample stands in keys of per-sample randomness
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class MaskPlan:
         slices: equal parts in which the batch of a rank passes the student.
         other_grids: of views whose size is not the same in every step: ((side in px, grid), ...)
         masks_per_view: of each view, all views under their first mask, then under their second.
+        predicted: share of the masked tokens that are asked for, int(M predicted) of them and 1 at least; null = all.
     """
 
     recipe: Masking
@@ -33,6 +37,7 @@ class MaskPlan:
     slices: int = 1
     other_grids: tuple[tuple[int, tuple[int, ...]], ...] = ()
     masks_per_view: int = 1
+    predicted: float | None = None
 
     @property
     def masks(self) -> int:
@@ -45,7 +50,10 @@ class MaskPlan:
         `side` is that of the step's views, px.
         """
         grid = next((other for px, other in self.other_grids if px == side), self.grid)
-        return masks_for(self.recipe, self.masks, batch, grid, *place, rank=rank, world=world, slices=self.slices)
+        masks = masks_for(self.recipe, self.masks, batch, grid, *place, rank=rank, world=world, slices=self.slices)
+        if self.predicted is not None:
+            masks.predicted = predicted_places(masks, self.predicted, *place, rank=rank, world=world)
+        return masks
 
 
 def masks_for(
@@ -79,6 +87,22 @@ def masks_for(
     else:
         length = padded_length(most, per_slice)
     return packed(boolean, slices, max(length, 1))
+
+
+def predicted_places(masks: Masks, share: float, *place: int, rank: int = 0, world: int = 1) -> torch.Tensor:
+    """Of equal numbers M of masked tokens max(int(M share), 1), drawn for the whole step as the masks are: (V, B, P) sorted.
+
+    Raises UserError for masks that hide another number in each sample.
+    """
+    if masks.masked is None:
+        raise UserError(
+            "masks: this recipe hides another number of tokens in each sample, of which no fixed number can be predicted. Use "
+            "one with a fixed count, such as InverseBlockMasks with a single ratio."
+        )
+    views, batch, masked = masks.masked.shape
+    noise = generator(*place, PREDICTED).random((views, batch * world, masked))[:, rank * batch : (rank + 1) * batch]
+    chosen = lowest(noise.reshape(-1, masked), max(floor(masked * share), 1)).reshape(noise.shape)
+    return masks.masked.gather(2, ordered(chosen))
 
 
 def padded_length(most: np.ndarray, per_slice: int) -> int:
