@@ -21,6 +21,7 @@ ABILITIES = {
     "visible": "encode only the visible patches",
     "taps": "return intermediate outputs",
     "until": "stop after a block",
+    "predict": "predict hidden places from visible patches",
 }
 
 
@@ -94,6 +95,18 @@ class Backbone(Recorded, nn.Module):
         """
         raise NotImplementedError
 
+    def predict(
+        self, tokens: Tokens, visible: Tensor | None = None, predicted: Tensor | None = None, until: int | None = None
+    ) -> Tensor:
+        """Of networks that can "predict": what is said of places (B, P, predictor_dim) from tokens that were answered.
+
+        Args:
+            visible: indices (B, n) of the patches that `tokens` are of; None = all.
+            predicted: indices (B, P) of the places that are asked for; None = all.
+            until: number of the predictor's last block to run.
+        """
+        raise NotImplementedError
+
     def tokens_at(self, tap: Tensor, grid: tuple[int, ...]) -> Tokens:
         """What was tapped of a whole block, in the form that `forward` answers: a map (B, C, ...), or patches (B, N, D) on
         the answer's grid."""
@@ -109,6 +122,11 @@ class Backbone(Recorded, nn.Module):
     def patch_dim(self) -> int:
         """Width of `Tokens.patches`."""
         return self.embed_dim
+
+    @property
+    def predictor_dim(self) -> int:
+        """Width of what `predict` answers."""
+        raise NotImplementedError
 
     @property
     def patch_size(self) -> int | tuple[int, int]:

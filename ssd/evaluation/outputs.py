@@ -1,7 +1,9 @@
 """Which vector of a network a probe may use: its answers by name, all from one pass.
 
 A network is asked for parts (class tokens and mean patches of its last blocks, its own pooling); an output is one
-part or several side by side. Parts are told apart by their place from the end: `cls-1` is the last block's.
+part or several side by side. Parts are told apart by their place from the end: `cls-1` is the last block's. A network with
+a predictor of hidden places has one more: the mean of what the predictor's first block says of all places from all
+patches (Darcet et al., "Cluster and Predict Latent Patches for Improved Masked Image Modeling", 2025, section 4).
 """
 
 import dataclasses
@@ -31,6 +33,8 @@ def parts_of(backbone: Backbone, samples: Tensor) -> dict[str, Tensor]:
             parts[f"cls-{place}"] = each.cls
         if place == 1 or tokens.cls is None:
             parts[f"mean-{place}"] = mean_patch(each, tokens.valid)
+    if "predict" in backbone.can:
+        parts["predicted"] = backbone.predict(tokens, until=1).mean(1)
     return parts
 
 
@@ -74,7 +78,8 @@ def outputs_of(parts: Iterable[str]) -> dict[str, tuple[str, ...]]:
     word = "stages" if "summary" in names else "mean_patch"
     outputs = {"pooled": ("summary",)} if "summary" in names else {"mean_patch": ("mean-1",)}
     counts = [count for count in (2, LAST) if count <= depth] if "summary" in names else [depth] if depth > 1 else []
-    return outputs | {f"last{count}_{word}": last_blocks("mean", count) for count in counts}
+    outputs |= {f"last{count}_{word}": last_blocks("mean", count) for count in counts}
+    return outputs | ({"predicted": ("predicted",)} if "predicted" in names else {})
 
 
 def last_blocks(part: str, count: int) -> tuple[str, ...]:

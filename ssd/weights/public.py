@@ -1,4 +1,5 @@
-"""Files of weights as DINO, iBOT, DINOv2, DINOv3, data2vec 2.0 and MoCo v3 publish them, turned into timm's names.
+"""Files of weights as DINO, iBOT, DINOv2, DINOv3, data2vec 2.0, MoCo v3 and CAPI publish them, turned into timm's names, or
+our network's own.
 
 Training files hold `student` and `teacher`, each with a backbone and heads; releases hold a backbone alone,
 flat or under `state_dict`. data2vec 2.0 publishes its student with the average of it inside.
@@ -18,6 +19,7 @@ from ssd.weights.checkpoint import shortened
 # learned inputs of masked training, which no backbone uses
 MASK_TOKENS = ("mask_token", "masked_embed")
 TRAINING_ONLY = ("local_cls_norm.",)
+PREDICTOR = "predictor."
 HEADS = ("head", "dino_head", "ibot_head")
 AVERAGE = "_ema"
 PICTURES = "modality_encoders.IMAGE."  # of data2vec 2.0, which also knows sound and text
@@ -120,7 +122,10 @@ def timm_state(public: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tens
     """
     if any(key.startswith(PICTURES) for key in public):
         return timm_state_of_data2vec(public, model)
-    left_out = [key for key in public if key in MASK_TOKENS or key.startswith(TRAINING_ONLY)]
+    if any(".residual1." in key for key in public):
+        public = rotary_state_of_capi(public, model)
+    predictor = () if any(key.startswith(PREDICTOR) for key in model.state_dict()) else (PREDICTOR,)
+    left_out = [key for key in public if key in MASK_TOKENS or key.startswith((*TRAINING_ONLY, *predictor))]
     public = {key: value for key, value in public.items() if key not in left_out}
     if "storage_tokens" in public or any(key.endswith(".attn.qkv.bias_mask") for key in public):
         return timm_state_of_dinov3(public, model), left_out
@@ -190,6 +195,36 @@ def timm_state_of_data2vec(public: Mapping[str, Tensor], model: Any) -> tuple[di
         beside = state["pos_embed"].new_zeros(1, model.num_prefix_tokens, state["pos_embed"].shape[2])
         state["pos_embed"] = torch.cat([beside, state["pos_embed"]], dim=1)
     return state, left_out
+
+
+def rotary_state_of_capi(public: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """CAPI's names under those of a `RotaryTransformer`. Every attention has frequencies there, which are all one.
+
+    Raises UserError for a network that turns positions in another way than the published code.
+    """
+    if not all(block.attn.mixed_axes for block in getattr(model, "blocks", ()) if hasattr(block.attn, "mixed_axes")):
+        raise UserError(
+            "these weights were trained by the published code of CAPI, whose rotations mix rows and columns. Build the network "
+            "with mixed_axes: true."
+        )
+    names = {
+        "residual1.norm.": "norm1.",
+        "residual1.fn.": "attn.",
+        "residual2.norm.": "norm2.",
+        "residual2.fn.": "mlp.",
+    }
+    state: dict[str, Tensor] = {}
+    for key, value in public.items():
+        key = re.sub(r"^encoder\.", "", key)
+        key = re.sub(r"^(decoder\.|(?=mask_token$))", PREDICTOR, key)
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
+        if key.endswith(".attn.rope.freqs"):
+            # one that differs from the first keeps its name, and is refused
+            same = torch.equal(value, state.setdefault("rope.freqs", value))
+            key = "rope.freqs" if same else key
+        state[key] = value
+    return state
 
 
 def place_registers(state: dict[str, Tensor], model: Any) -> None:

@@ -12,8 +12,10 @@ from torch.testing import assert_close
 
 import ssd.weights.load
 from ssd.backbones.convnet import ConvNet
+from ssd.backbones.rotary_vit import RotaryViT
 from ssd.backbones.vit import ViT
 from ssd.errors import UserError
+from ssd.evaluation.outputs import output_of
 from ssd.heads import PrototypeHead
 from ssd.weights.checkpoint import read_file, strict_load
 from ssd.weights.public import read_public, timm_state
@@ -249,6 +251,111 @@ def test_a_release_of_dinov3_is_the_published_block(tmp_path, name, swiglu, chun
     else:
         y = linear(torch.nn.functional.gelu(linear(y, "mlp.fc1")), "mlp.fc2")
     assert_close(found, x + state["blocks.1.ls2.gamma"] * y, atol=2e-3, rtol=1e-4)
+
+
+def capi_state(bare: bool = False) -> dict[str, Tensor]:
+    """A release of CAPI of width 32, 2 + 2 blocks: names and shapes of the published files."""
+    generator = torch.Generator().manual_seed(6)
+
+    def drawn(*shape: int) -> Tensor:
+        return 0.2 * torch.randn(*shape, generator=generator)
+
+    frequencies = 2 * torch.pi * 7 * 1e4 ** torch.linspace(0, -1, 4)
+    freqs = torch.zeros(2, 16)
+    freqs[0, :8] = freqs[1, 8:] = torch.cat([frequencies, frequencies])
+    state = {"registers": drawn(1, 4, 32), "mask_token": 5 * drawn(1, 32)}
+    state |= {"patch_embed.weight": drawn(32, 3, 8, 8), "patch_embed.bias": drawn(32)}
+    for network in ("encoder", "decoder"):
+        for number in range(2):
+            block = {f"residual1.fn.{name}_proj.weight": drawn(32, 32) for name in "qkv"}
+            block |= {"residual1.fn.proj.weight": drawn(32, 32), "residual1.fn.rope.freqs": freqs.clone()}
+            block |= {"residual2.fn.fc1.weight": drawn(128, 32), "residual2.fn.fc2.weight": drawn(32, 128)}
+            block |= {f"residual{i}.norm.weight": 1 + drawn(32) for i in (1, 2)}
+            state |= {f"{network}.blocks.{number}.{name}": value for name, value in block.items()}
+    return state if bare else {f"backbone.{name}": value for name, value in state.items()}
+
+
+CAPI = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_registers": 4}
+
+
+def published_capi(state: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the published forward answers for whole pictures: normed tokens, and the predictor's first block pooled."""
+    batch, _, height, width = x.shape
+    rows, columns = torch.linspace(0, 1, height // 8), torch.linspace(0, 1, width // 8)
+    places = torch.cartesian_prod(rows, columns)
+    places = torch.cat([torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), places])
+
+    def norm(x, gain=1.0):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * gain
+
+    def heads(x, weight):
+        return (x @ weight.T).view(batch, -1, 2, 16).transpose(1, 2)
+
+    def block(name, x, at, context=None, of=None):
+        part = lambda key: state[f"{name}.{key}.weight"]
+        normed = norm(x, part("residual1.norm"))
+        context, of = (normed, at) if context is None else (context, of)
+
+        def turn(x, at):
+            angle = at @ state[f"{name}.residual1.fn.rope.freqs"]
+            half = torch.cat([-x[..., 8:], x[..., :8]], -1)  # over both axes
+            return x * angle.cos() + half * angle.sin()
+
+        q = turn(heads(normed, part("residual1.fn.q_proj")), at)
+        k = turn(heads(context, part("residual1.fn.k_proj")), of)
+        shares = torch.softmax(q @ k.mT / 4, -1)
+        answer = (shares @ heads(context, part("residual1.fn.v_proj"))).transpose(1, 2).flatten(2)
+        x = x + answer @ part("residual1.fn.proj").T
+        inner = torch.nn.functional.gelu(norm(x, part("residual2.norm")) @ part("residual2.fn.fc1").T)
+        return x + inner @ part("residual2.fn.fc2").T
+
+    patches = torch.nn.functional.conv2d(x, state["patch_embed.weight"], state["patch_embed.bias"], stride=8)
+    sequence = torch.cat([state["registers"].expand(batch, -1, -1), patches.flatten(2).mT], 1)
+    for number in range(2):
+        sequence = block(f"encoder.blocks.{number}", sequence, places)
+    answered = norm(sequence)
+    queries = state["mask_token"].expand(batch, len(places) - 4, -1)
+    return answered, norm(block("decoder.blocks.0", queries, places[4:], answered, places)).mean(1)
+
+
+def test_a_release_of_capi_answers_as_published_with_every_key_used(tmp_path):
+    torch.save(capi_state(), tmp_path / "capi.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone = RotaryViT(**CAPI, predictor_depth=2, mixed_axes=True, weights=f"{tmp_path}/capi.pth").eval()
+    x = pictures(size=32)[:, :, :24]
+    with torch.no_grad():
+        tokens = backbone(x)
+        answered, pooled = published_capi(capi_state(bare=True), x)
+        assert_close(tokens.registers, answered[:, :4], atol=1e-4, rtol=1e-3)
+        assert_close(tokens.patches, answered[:, 4:], atol=1e-4, rtol=1e-3)
+        assert_close(output_of(backbone, x, "predicted"), pooled, atol=1e-4, rtol=1e-3)
+    ours = RotaryViT(**CAPI, predictor_depth=2).eval()
+    ours.model.load_state_dict(backbone.model.state_dict())
+    assert (ours(x).patches - tokens.patches).abs().max() > 0.01, "the published rotations are others than ours"
+
+
+def test_a_release_of_capi_without_its_predictor_says_what_is_left_out(tmp_path):
+    torch.save(capi_state() | {"head.last_layer.weight_g": torch.ones(4, 1)}, tmp_path / "capi.pth")
+    with pytest.warns(UserWarning, match=r"not used by a backbone: predictor\.mask_token, predictor\.blocks\.0\.attn"):
+        backbone = RotaryViT(**CAPI, mixed_axes=True, weights=f"{tmp_path}/capi.pth")
+    assert torch.equal(
+        backbone.model.blocks[1].mlp.fc2.weight, capi_state(bare=True)["encoder.blocks.1.residual2.fn.fc2.weight"]
+    )
+
+
+def test_a_release_of_capi_that_does_not_fit_is_refused(tmp_path):
+    network = {**CAPI, "predictor_depth": 2, "mixed_axes": True, "weights": f"{tmp_path}/capi.pth"}
+    torch.save(capi_state(), tmp_path / "capi.pth")
+    with pytest.raises(UserError, match="mixed_axes: true"):
+        RotaryViT(**network | {"mixed_axes": False})
+    with pytest.raises(UserError, match=r"unknown: predictor\.blocks\.1\.attn"):
+        RotaryViT(**network | {"predictor_depth": 1})
+    state = capi_state()
+    state["backbone.encoder.blocks.1.residual1.fn.rope.freqs"] *= 2
+    torch.save(state, tmp_path / "capi.pth")
+    with pytest.raises(UserError, match=r"1 unknown: blocks\.1\.attn\.rope\.freqs"):
+        RotaryViT(**network)
 
 
 def test_biases_that_a_rotary_network_does_not_have_are_left_out_only_where_they_are_zero(tmp_path):
