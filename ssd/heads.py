@@ -111,6 +111,21 @@ class UnitPrototypes(nn.Module):
             weight[rows] /= torch.linalg.vector_norm(weight[rows], dim=1, keepdim=True).clamp_min(1e-12)
 
 
+class BiasedPrototypes(nn.Module):
+    """K directions of length d with a bias each, drawn normal: a linear layer. The bias is one more number of each
+    prototype, for features that end in 1."""
+
+    def __init__(self, dim: int, num_prototypes: int):
+        super().__init__()
+        check_num_prototypes(num_prototypes)
+        self.weight = nn.Parameter(torch.randn(num_prototypes, dim))
+        self.bias = nn.Parameter(torch.zeros(num_prototypes))
+
+    def forward(self) -> Tensor:
+        """(K, d + 1), in the dtype that they will be multiplied in."""
+        return torch.cat([self.weight, self.bias[:, None]], dim=1).to(product_dtype(self.weight))
+
+
 PROTOTYPES = (Prototypes, PlainPrototypes, UnitPrototypes)
 """Every form that prototypes have in a head."""
 
@@ -202,6 +217,24 @@ class PrototypeHead(nn.Module):
         # directions need more than half precision
         bottleneck = F.normalize(bottleneck.to(torch.promote_types(bottleneck.dtype, torch.float32)), dim=-1)
         return Scores(bottleneck.unflatten(0, features.shape[:-1]), self.last_layer())
+
+
+class DirectHead(nn.Module):
+    """Prototypes compared with the features themselves, at unit length: no MLP before them, gains that learn (CAPI).
+
+    Darcet et al. 2025, arXiv 2502.08769, section 3. Directions are drawn with deviation .02.
+    """
+
+    def __init__(self, in_dim: int, num_prototypes: int):
+        super().__init__()
+        self.last_layer = Prototypes(in_dim, num_prototypes, train_gain=True)
+        nn.init.trunc_normal_(self.last_layer.weight_v, std=0.02)
+
+    def forward(self, features: Tensor) -> Scores:
+        """(..., D) -> Scores with features (..., D) of unit length and prototypes (K, D)."""
+        # directions need more than half precision
+        exact = features.to(torch.promote_types(features.dtype, torch.float32))
+        return Scores(F.normalize(exact, dim=-1), self.last_layer())
 
 
 class Branch(nn.Module):

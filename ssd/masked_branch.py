@@ -1,4 +1,4 @@
-"""An encoder of visible patches with a decoder behind it: what masked regression trains."""
+"""An encoder of visible patches with a decoder or predictor behind it: what masked regression and prediction train."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd.backbones.base import Backbone
-from ssd.batch import Masks, Tokens
+from ssd.batch import Masks, Scores, Tokens
 from ssd.decoders import ConvDecoder, MaskedDecoder
 from ssd.errors import UserError
 from ssd.masking.recipes import Masking
@@ -73,6 +73,34 @@ class MaskedBranch(nn.Module):
             tap: projector(tokens.taps[tap]).unflatten(0, (masks, batch)) for tap, projector in self.projectors.items()
         }
         return Decoded(decoded.unflatten(0, (masks, batch)), cls, tokens, projected)
+
+
+class PredictingBranch(nn.Module):
+    """A backbone that can "predict", and a head over what it predicts, as one network."""
+
+    def __init__(self, backbone: Backbone, head: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, pictures: Tensor, visible: Tensor, predicted: Tensor) -> Scores:
+        """Pictures (V, B, C, H, W), of which patches (V, B, n) are seen -> the head's answer for the places (V, B, P)."""
+        seen, asked = visible.flatten(0, 1), predicted.flatten(0, 1)
+        tokens = self.backbone(pictures.flatten(0, 1), visible=seen)
+        answers = self.backbone.predict(tokens, visible=seen, predicted=asked)
+        return self.head(answers.unflatten(0, predicted.shape[:2]))
+
+
+class WholePatches(nn.Module):
+    """A backbone that is asked for the patches of whole pictures."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """(V, B, C, H, W) -> (V, B, N, D)"""
+        return self.backbone(pictures.flatten(0, 1)).patches.unflatten(0, pictures.shape[:2])
 
 
 def visible_places(masks: Masks) -> Tensor:

@@ -269,6 +269,8 @@ RECIPES: dict[str, Views] = {
     # BEiT's (Bao et al. 2022), which the first data2vec was trained with
     "data2vec": CropViews(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.0)),
     "crop_small": CropViews(size=32, evaluation_crop=1.0),
+    "capi": CropViews(scale=(0.6, 1.0)),
+    "capi_small": CropViews(size=32, scale=(0.6, 1.0), evaluation_crop=1.0),
     "supervised": CropViews(scale=(0.35, 1.0)),
     "clip": ClipViews(),
     "speech": SoundViews(),
