@@ -14,7 +14,7 @@ from ssd.sharded import Sharded
 from ssd.weights.checkpoint import read_checkpoint
 from ssd.weights.stages import start_stage
 from tests.contract import STEPS, flat_state, start
-from tests.lightning_modules import test_dino, test_dinov2, test_dinov3, test_ibot
+from tests.lightning_modules import test_capi, test_dino, test_dinov2, test_dinov3, test_ibot
 from tests.lightning_modules.runs import At, fit_as_rank, vit
 
 CONTRACTS = {
@@ -22,6 +22,7 @@ CONTRACTS = {
     "ibot": test_ibot.TestContract,
     "dinov2": test_dinov2.TestContractOfSinkhornAndOwnHeads,
     "dinov3": test_dinov3.TestContractOfTheGramStage,
+    "capi": test_capi.TestContract,
 }
 CLIPS = {"tensor": Clip(0.5, over="tensor"), "module": Clip(0.5, over="module"), "all": Clip(0.5, over="all")}
 
@@ -38,10 +39,10 @@ def steps_of_rank(rank: int, world: int, method: str, clip: str):
 
     contract, module = CONTRACTS[method](), made(method, clip)
     mesh = init_device_mesh("cpu", (world,))
-    networks = [module.student, module.teacher, getattr(module, "gram_teacher", None)]
+    teachers = [module.teacher, getattr(module, "gram_teacher", None)]
+    networks = [plan.module for plan in module.optimized()] + [each.network for each in teachers if each is not None]
     for network in networks:
-        if network is not None:
-            shard(network if network is module.student else network.network, mesh)
+        shard(network, mesh)
     assert all(is_sharded(parameter) for parameter in module.parameters())
     optimizers = start(module)
     reports = []
@@ -56,7 +57,8 @@ def steps_of_rank(rank: int, world: int, method: str, clip: str):
 
 
 @pytest.mark.parametrize(
-    ("method", "clip"), [("dino", "tensor"), ("ibot", "all"), ("dinov2", "module"), ("dinov3", "module")]
+    ("method", "clip"),
+    [("dino", "tensor"), ("ibot", "all"), ("dinov2", "module"), ("dinov3", "module"), ("capi", "tensor")],
 )
 def test_two_processes_with_half_of_each_network_step_like_one_with_the_whole(pair, method, clip):
     one = made(method, clip)
@@ -129,6 +131,28 @@ def test_a_run_may_change_how_it_is_spread_where_it_goes_on(pair, tmp_path, befo
 
 def stop_as(rank: int, world: int, folder, strategy: str, method: dict):
     return fit_sharded(rank, world, folder, strategy, method, {"callbacks": [At(7, ask_to_stop)]})
+
+
+def two_optimisers_as(rank: int, world: int, folder, strategy: str, trainer: dict):
+    chosen = {"strategy": Sharded() if strategy == "fsdp2" else strategy}
+    method = {"steps": 10, "drop_path_rate": 0.0, "lr": 1e-3, "clustering_lr": 1e-2}
+    module, error = fit_as_rank(rank, world, folder, test_capi.small, method, {**chosen, **trainer})
+    state = {name: whole(value) for name, value in module.state_dict().items() if torch.is_tensor(value)}
+    return error, {name: value.detach().clone() for name, value in state.items()}
+
+
+def test_a_run_with_two_optimisers_goes_on_from_a_checkpoint_of_fsdp2(pair, tmp_path):
+    (no_error, expected), _ = pair.run(two_optimisers_as, tmp_path / "straight", "ddp", {})
+    assert no_error is None
+    pair.run(two_optimisers_as, tmp_path / "stopped", "fsdp2", {"callbacks": [At(6, ask_to_stop)]})
+    file = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    found = read_checkpoint(file)
+    assert 6 <= found["state_dict"]["_extra_state"]["step"] < 10
+    assert [len(state["state"]) > 0 for state in found["optimizer_states"]] == [True, True]
+    for error, state in pair.run(two_optimisers_as, tmp_path / "on", "fsdp2", {"resume": file}):
+        assert error is None
+        for name, value in expected.items():
+            assert_close(state[name], value, atol=1e-4, rtol=1e-2, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def begin_stage_as(rank: int, world: int, file: str, anchor: str, spread: bool):

@@ -11,7 +11,6 @@ from ssd.backbones.vit import ViT
 from ssd.batch import Batch, Scores
 from ssd.errors import UserError
 from ssd.masking.recipes import BlockMasks, InverseBlockMasks, RandomMasks
-from ssd.parallel import shard
 from ssd.views.recipes import CropViews
 from tests.contract import STEPS, MethodContract, flat_state, start
 from tests.lightning_modules.masked import sinkhorn
@@ -274,9 +273,9 @@ def test_clusters_learn_what_they_assign_and_the_student_to_tell_it():
 # ------------------------------------------------------------------ inside Lightning
 
 
-def small(**settings) -> CAPI:
+def small(drop_path_rate: float = 0.5, **settings) -> CAPI:
     """With drop path, which a resume must draw again as it would have been."""
-    network = {"in_chans": 1, "drop_path_rate": 0.5}
+    network = {"in_chans": 1, "drop_path_rate": drop_path_rate}
     return tiny(network=network, **{"views": CropViews(size=32, evaluation_crop=1.0), "lr": 1e-3} | settings)
 
 
@@ -292,43 +291,6 @@ def test_a_resumed_run_ends_as_one_without_a_stop(tmp_path):
     expected = flat_state(straight)
     assert all(torch.equal(expected[name], value) for name, value in flat_state(resumed).items())
     assert len(trainer.optimizers) == 2 and all(optimizer.state for optimizer in trainer.optimizers)
-
-
-def test_two_processes_with_half_of_each_network_step_like_one_with_the_whole(pair):
-    one = sharded_one()
-    optimizers = start(one)
-    contract = TestContract()
-    expected = [one.take_step(contract.batch_for(one, step), optimizers).terms for step in range(STEPS)]
-    for reports, state in pair.run(steps_of_rank):
-        for found, wanted in zip(reports, expected, strict=True):
-            assert found == pytest.approx(wanted, abs=1e-4)
-        for name, value in flat_state(one).items():
-            assert_close(state[name], value, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def sharded_one() -> CAPI:
-    # rates of SGD keep a gradient's size in the weights, which Adam would take out
-    from ssd.optim import SGD
-
-    return TestContract().make(optimizer=SGD(), lr=0.05, clustering_lr=0.5)
-
-
-def steps_of_rank(rank: int, world: int):
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from ssd.distributed import is_sharded, whole
-
-    module, contract = sharded_one(), TestContract()
-    mesh = init_device_mesh("cpu", (world,))
-    for network in (*(plan.module for plan in module.optimized()), module.teacher.network):
-        shard(network, mesh)
-    assert all(is_sharded(parameter) for parameter in module.parameters())
-    optimizers = start(module)
-    reports = [
-        module.take_step(contract.batch_for(module, step, rank, world), optimizers).terms for step in range(STEPS)
-    ]
-    state = {name: whole(value) for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
-    return reports, {name: value.detach().clone() for name, value in state.items()}
 
 
 # ------------------------------------------------------------------ what is refused
