@@ -277,7 +277,7 @@ def test_the_published_class_term_doubles_with_the_batch_and_ours_stays(rule, fa
 
 
 def test_the_default_weight_is_what_the_published_rule_came_to():
-    """Card: .01 of a sum over 16 pictures of 16 masks."""
+    """Published: .01 of a sum over 16 pictures of 16 masks."""
     mean, published = tiny(num_masks=16), tiny(num_masks=16, cls_rule="sum", cls_weight=0.01)
     batch = masked_batch(mean, 16, 0)
     weighed = [float(module.at("cls_weight") * told(module, batch, 1, 0, 1)["cls"]) for module in (mean, published)]
@@ -351,7 +351,7 @@ def test_every_mask_keeps_as_many_patches_as_published(masks, size, patch, kept)
     assert len({row.numpy().tobytes() for row in drawn.boolean.flatten(0, 1)}) == 32
 
 
-def test_momentum_of_the_card():
+def test_momentum_is_the_published_one():
     module = tiny()
     module.begin(375_300, 5_004)
     found = [module.value_of(module.momentum, step) for step in (0, 50_000, 100_000, 375_299)]
