@@ -226,9 +226,9 @@ class LEAP(SelfDistillation):
         return self.match == "curriculum" and self.step % self.cka_every == 0
 
     def seen(self, batch: Batch) -> Tensor:
-        """What both networks see, (V, B, C, H, W)."""
+        """What both networks see, (V, B, C, H, W); while they evaluate, pictures as they are, in batches of any size."""
         pictures = batch.views["global"]
-        if not self.mixup:
+        if not self.mixup or not self.training:
             return pictures
         return mixed(pictures, float(uniforms((1,), self.mixup_seed, self.step, MIXUP)[0]), self.mixup_group)
 

@@ -272,7 +272,9 @@ def facts_of(module: Any, data: Any, *, processes: int, max_epochs: int | None, 
         },
         trainable=count(p for plan in module.optimized() for p in plan.module.parameters() if p.requires_grad),
         stage=module.start_from is not None,
-        normalised_by_batch=any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()),
+        normalised_by_batch=any(
+            isinstance(p, nn.modules.batchnorm._BatchNorm) and p.training for p in module.modules()
+        ),
         encodes_visible=type(module.student) is MaskedBranch,
     )
 

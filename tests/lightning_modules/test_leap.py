@@ -100,6 +100,8 @@ def test_shares_are_of_the_step_and_the_seed_and_spread_over_all_shares():
     other.step = 7
     assert find_share(other, batch) != pytest.approx(shares[7], abs=1e-3)
     assert torch.equal(tiny(mixup=False).seen(batch), batch.views["global"])
+    uneven = random_batch(5, 0)
+    assert torch.equal(tiny().eval().seen(uneven), uneven.views["global"]), "what evaluates takes any number"
 
 
 def test_the_teacher_stops_at_its_target_and_is_there_what_a_hook_sees_on_the_whole_way():
