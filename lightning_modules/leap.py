@@ -1,7 +1,6 @@
 """LEAP: a student matches a large frozen teacher's blocks one after the other, the next when it is like enough to the last.
 
-Zhang et al., "LEAP: Layer-skipping Efficiency via Adaptive Progression for Vision Transformer Distillation", 2026,
-arXiv 2606.19483.
+Zhang et al., "LEAP: Layer-skipping Efficiency via Adaptive Progression for Vision Transformer Distillation", arXiv 2606.19483.
 Departs from the published code: likeness is measured over the step's tokens of all processes, without the bias of few of them
 (unbiased_cka: false is the published estimate), and is part of the checkpoint (there each process has its own target block);
 pictures are mixed within small groups; a blur of at most .1 px, which changes no pixel, is left out.
