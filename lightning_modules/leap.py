@@ -147,6 +147,8 @@ class LEAP(SelfDistillation):
         self.mixup_seed = mixup_seed
         self.match = match
         self.cls_weight = cls_weight
+        if patience is not None:
+            in_steps(patience, 1, 1)  # refused here where it is no length
         self.patience = patience
         self.cka_every = cka_every
         self.cka_patches = cka_patches

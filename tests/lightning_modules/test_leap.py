@@ -282,6 +282,7 @@ def test_published_rate_of_a_batch_of_256():
         ({"start_block": 5}, "Use 1 to 4"),
         ({"start_block": 0}, "Use 1 to 4"),
         ({"cka_every": 0}, "cka_every: 0"),
+        ({"patience": "5 weeks"}, "length '5 weeks' is not understood"),
         ({"cka_patches": 0}, "cka_patches: 0"),
         ({"teacher": {**TEACHER, "patch_size": 16}}, "patches of one size"),
     ],
