@@ -1,18 +1,15 @@
 """What pictures and clips share: channels, their normalisation, and where colours are changed."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from datamodules.base import SampleData, choose
 from ssd.batch import Batch
 from ssd.data.dataset import Collate
 from ssd.errors import UserError
+from ssd.normalisation import given_normalisation
 from ssd.views import photometry
-
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 class ColourData(SampleData):
@@ -20,7 +17,7 @@ class ColourData(SampleData):
 
     Args:
         channels: of the pictures that a network sees; grey and colour are turned into one another.
-        normalize: "data" = means and standard deviations measured on a choice of samples, "imagenet", or
+        normalize: "data" = means and standard deviations measured on a choice of samples, "imagenet", "clip", or
             {"mean": [...], "std": [...]} in [0, 1] a channel.
         photometry: where colours are changed: "worker", "device", or "auto" = on the device when that is
             an accelerator.
@@ -84,24 +81,3 @@ class ColourData(SampleData):
         if self.photometry == "device" or (self.photometry == "auto" and elsewhere):
             return "none"
         return "levels" if elsewhere else "float"
-
-
-def given_normalisation(normalize: Any, channels: int) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation that need no measuring, None for "data"."""
-    if normalize == "data":
-        return None
-    if normalize == "imagenet":
-        if channels != 3:
-            raise UserError(
-                f"normalize is 'imagenet', which is for 3 channels, and channels is {channels}. Use 'data'."
-            )
-        return IMAGENET["mean"], IMAGENET["std"]
-    if not isinstance(normalize, Mapping) or set(normalize) != {"mean", "std"}:
-        raise UserError(f"normalize is {normalize!r}. Use 'data', 'imagenet' or {{mean: [...], std: [...]}}.")
-    mean, std = ([float(value) for value in normalize[name]] for name in ("mean", "std"))
-    if len(mean) != channels or len(std) != channels or min(std) <= 0 or not np.isfinite([*mean, *std]).all():
-        raise UserError(
-            f"normalize has mean {mean} and std {std} for {channels} channels. Give one finite number a channel each, "
-            "std above 0, for values in [0, 1]."
-        )
-    return mean, std

@@ -97,6 +97,8 @@ class Batch:
             of clips (V, B, 7): also the times of the first and the last frame, s.
         photometry: name -> (V, B, P) drawn colour settings that are not applied yet.
         valid: name -> (V, B, S) True where sound is not padding.
+        normalisation: (2, C) mean and standard deviation, of values in [0, 1], that are taken out of each channel of all
+            views; None where the data does not say.
     """
 
     views: dict[str, Tensor]
@@ -107,6 +109,7 @@ class Batch:
     boxes: dict[str, Tensor] = field(default_factory=dict)
     photometry: dict[str, Tensor] = field(default_factory=dict)
     valid: dict[str, Tensor] = field(default_factory=dict)
+    normalisation: Tensor | None = None
 
     def __len__(self) -> int:
         """Samples on this rank in this slice, B."""
@@ -129,6 +132,7 @@ class Batch:
             boxes=view_major(self.boxes),
             photometry=view_major(self.photometry),
             valid=view_major(self.valid),
+            normalisation=self.normalisation,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":

@@ -457,6 +457,7 @@ def check_view_sizes(model: Any) -> None:
     would be padded in every step."""
     from ssd.backbones.convnet import ConvNet
     from ssd.backbones.vit import ViT
+    from ssd.teachers import Preprocessed
     from ssd.views.clips import ClipViews
     from ssd.views.view import PictureViews
 
@@ -468,8 +469,9 @@ def check_view_sizes(model: Any) -> None:
                     "of pictures, or a backbone for such views."
                 )
         return
+    resized = {id(part.backbone) for part in model.modules() if isinstance(part, Preprocessed)}
     for name, part in model.named_modules():
-        if not isinstance(part, ViT):
+        if not isinstance(part, ViT) or id(part) in resized:
             continue
         for kind, views in model.views.kinds().items():
             size = views[0].size

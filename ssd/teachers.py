@@ -6,13 +6,17 @@ survives `train()` of whatever holds it; in evaluation it evaluates like everyth
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ssd.backbones.base import set_drop_path_zero
+from ssd.backbones.base import Backbone, set_drop_path_zero
+from ssd.batch import Tokens
 from ssd.distributed import own_part
 from ssd.errors import UserError
+from ssd.normalisation import given_normalisation, put_back
 
 
 class Teacher(nn.Module):
@@ -101,6 +105,47 @@ class Frozen(Teacher):
 
     def update(self, student: nn.Module, momentum: float) -> None:
         """Nothing: it is frozen."""
+
+
+class Preprocessed(nn.Module):
+    """A backbone that was trained elsewhere, shown the student's pictures as it knows pictures: with its own mean and deviation,
+    and at a size at which its patches lie where the student's do (196 px in patches of 14 for 224 px in patches of 16).
+
+    Args:
+        normalize: "data" = as the data normalises, "imagenet", "clip", or {"mean": [...], "std": [...]} in [0, 1] a channel.
+        setting: what messages call `normalize`.
+    """
+
+    statistics: Tensor
+
+    def __init__(
+        self, backbone: Backbone, normalize: str | dict[str, list[float]] = "data", setting: str = "normalize"
+    ):
+        super().__init__()
+        self.backbone = backbone
+        given = given_normalisation(normalize, backbone.in_chans, setting)
+        self.own_normalisation = given is not None
+        self.register_buffer("statistics", torch.tensor(given or ((), ())), persistent=False)  # (2, C)
+
+    def forward(self, pictures: Tensor, grid: tuple[int, int], normalisation: Tensor | None, **asked: Any) -> Tokens:
+        """What the backbone answers to pictures (B, C, H, W), on the student's grid of patches.
+
+        Args:
+            normalisation: (2, C), of the pictures, as `Batch.normalisation`; needed for a normalisation of its own.
+            asked: what else goes to the backbone: taps, until.
+        """
+        if self.own_normalisation:
+            mean, std = self.statistics[:, :, None, None]
+            pictures = (put_back(pictures, normalisation) - mean) / std
+        rows, columns = as_pair(self.backbone.patch_size)
+        size = (grid[0] * rows, grid[1] * columns)
+        if tuple(pictures.shape[-2:]) != size:
+            pictures = F.interpolate(pictures.float(), size, mode="bicubic", antialias=True)
+        return self.backbone(pictures, **asked)
+
+
+def as_pair(side: int | tuple[int, int]) -> tuple[int, int]:
+    return (side, side) if isinstance(side, int) else side
 
 
 class NoTeacher(nn.Module):

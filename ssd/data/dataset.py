@@ -98,7 +98,7 @@ class Collate:
         labelled: whether the source has labels.
         colours: "float": photometry is applied here and the views come out float32 and normalised; "levels": it is
             applied and they come out uint8, to be normalised elsewhere; "none": uint8 with their photometry beside.
-        normalisation: mean and standard deviation of each channel, for "float".
+        normalisation: mean and standard deviation of each channel, for "float"; the batch says them in any case.
         masks: name -> what is masked, drawn for the step and no other: the same whoever draws it.
         seed: of masks.
         rank, world: which part of the step's samples this is.
@@ -139,6 +139,7 @@ class Collate:
             },
             boxes={kind: view_major(table) for kind, table in samples.boxes.items()},
             photometry=colours,
+            normalisation=None if self.normalisation is None else torch.tensor(self.normalisation, dtype=torch.float32),
         )
 
 

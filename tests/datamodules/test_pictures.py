@@ -269,9 +269,11 @@ def test_measured_normalisation_makes_the_data_standard(folder):
 
 
 def test_given_normalisation_is_taken_as_it_is(folder):
-    data = Images(folder, normalize={"mean": [0.1, 0.2, 0.3], "std": [1, 1, 2]}, num_workers=0)
+    data = Images(folder, normalize={"mean": [0.1, 0.2, 0.3], "std": [1, 1, 2]}, num_workers=0, batch_size=4)
     data.prepare(VIEWS)
     assert data.mean == [0.1, 0.2, 0.3] and data.std == [1.0, 1.0, 2.0]
+    batch = next(iter(data.train_dataloader()))
+    assert torch.equal(batch.normalisation, torch.tensor([[0.1, 0.2, 0.3], [1, 1, 2]]))
 
 
 # ---------------------------------------------------------------- digits, records, Lightning
@@ -344,7 +346,7 @@ def test_a_trainer_runs_on_it_and_each_epoch_has_its_order(folder, photometry):
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
-        ({"normalize": "cifar"}, "'data', 'imagenet' or"),
+        ({"normalize": "cifar"}, "'data', 'imagenet', 'clip' or"),
         ({"normalize": {"mean": [0.5], "std": [0.5]}}, "for 3 channels"),
         ({"normalize": {"mean": [0.5] * 3, "std": [0.5, 0.5, 0]}}, "std above 0"),
         ({"normalize": "imagenet", "channels": 1}, "for 3 channels"),
