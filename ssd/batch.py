@@ -188,6 +188,8 @@ class Tokens:
         summary: (B, D) the backbone's own pooled output where it has one (a convnet's average pool).
         valid: (B, N) False where a patch is padding, or None.
         taps: intermediate outputs that were asked for, by name.
+        kept: number of a block, 0 for what enters the first -> (B, n) sorted places of the patches that went on behind it,
+            where others were dropped.
     """
 
     patches: Tensor
@@ -197,6 +199,12 @@ class Tokens:
     summary: Tensor | None = None
     valid: Tensor | None = None
     taps: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def places_in(self, block: int) -> Tensor | None:
+        """(B, n) places of the patches that passed the block of this number, from 1; None where all did."""
+        before = [number for number in self.kept if number < block]
+        return self.kept[max(before)] if before else None
 
     def pooled(self) -> Tensor:
         """The one vector that a head or probe uses: class token, else own pooling, else mean patch. (B, D)"""

@@ -2,7 +2,7 @@
 
 import difflib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import timm
@@ -22,6 +22,7 @@ ABILITIES = {
     "taps": "return intermediate outputs",
     "until": "stop after a block",
     "predict": "predict hidden places from visible patches",
+    "keep": "go on with fewer patches between blocks",
 }
 
 
@@ -58,6 +59,8 @@ class Backbone(Recorded, nn.Module):
     """Whether `model` is timm's own; else what is exported is rebuilt by this library."""
     model: Any
     attention: tuple[Any, ...]
+    started_from: str | None = None
+    """The weights it was given when it was built."""
 
     def __init__(self, name: str, in_chans: int, drop_path_rate: float, rgb_channels: Sequence[int] | None = None):
         super().__init__()
@@ -80,6 +83,7 @@ class Backbone(Recorded, nn.Module):
         visible: Tensor | None = None,
         taps: Sequence[int | str] = (),
         until: int | None = None,
+        keep: Mapping[int, int] | None = None,
     ) -> Tokens:
         """Pictures (B, C, H, W), normalised -> tokens.
 
@@ -90,8 +94,11 @@ class Backbone(Recorded, nn.Module):
             visible: indices (B, n) of the only patches that pass the blocks, sorted; (M B, n) for M sets of each picture, all
                 pictures under their first set, then under their second: M B rows, and pictures are embedded once.
             taps: numbers of the blocks whose output is wanted, as `tokens.taps["block3"]` for 3 and what enters the
-                first as 0 (of a ViT), and names such as "block3.mlp" for what a ViT's MLP adds, before scale and residual.
+                first as 0 (of a ViT), and names such as "block3.mlp" for what a ViT's MLP adds, before scale and residual,
+                and "block3.qkv" for the queries, keys and values of its attention, (3, B, heads, n, d).
             until: number of the last block to run, 1 to `num_blocks`.
+            keep: number of a block, or 0 for what enters the first -> how many patches go on behind it, those that repeat
+                others dropped (`ssd.backbones.redundancy`). The answer's `kept` says which. Other tokens all go on.
         """
         raise NotImplementedError
 
@@ -203,6 +210,7 @@ class Backbone(Recorded, nn.Module):
             )
 
     def start_from(self, weights: str | None) -> None:
+        self.started_from = weights
         if weights is not None:
             from ssd.weights.load import load_backbone_weights
 
@@ -237,12 +245,12 @@ def tap_names(taps: Iterable[int | str], last: int, num_blocks: int, name: str) 
     """Taps as names, "block3" for 3. Raises UserError for a block that does not run."""
     names = [tap if isinstance(tap, str) else f"block{tap}" for tap in taps]
     for tap in names:
-        number = tap.removeprefix("block").removesuffix(".mlp")
+        number = tap.removeprefix("block").removesuffix(".mlp").removesuffix(".qkv")
         if not tap.startswith("block") or not number.isdigit() or not 1 <= int(number) <= last:
             stopped = f" and stops after block {last}" if last < num_blocks else ""
             raise UserError(
                 f"tap '{tap}' is not an output of '{name}', which has blocks 1 to {num_blocks}{stopped}. "
-                "Use a number, or a name such as block3 or block3.mlp."
+                "Use a number, or a name such as block3, block3.mlp or block3.qkv."
             )
     return names
 

@@ -1,7 +1,7 @@
 """Networks of timm that answer a map of features: ResNet, ConvNeXt, Swin and their like."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,8 +113,9 @@ class ConvNet(Backbone):
         visible: Tensor | None = None,
         taps: Sequence[int | str] = (),
         until: int | None = None,
+        keep: Mapping[int, int] | None = None,
     ) -> Tokens:
-        asked = {"masked": masked, "visible": visible, "taps": taps or None, "until": until}
+        asked = {"masked": masked, "visible": visible, "taps": taps or None, "until": until, "keep": keep or None}
         self.require(*(ability for ability, value in asked.items() if value is not None), by="this forward")
         self.check_input(x)
         self.use_fitting_attention(x)
@@ -146,8 +147,8 @@ class ConvNet(Backbone):
 
     def tapped(self, x: Tensor, names: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The last features in the model's own layout, and the named stages' maps (B, C, h, w)."""
-        if any(name.endswith(".mlp") for name in names):
-            raise UserError(f"taps {names}: '{self.name}' has stages, without one MLP each. Use numbers.")
+        if any("." in name for name in names):
+            raise UserError(f"taps {names}: '{self.name}' has stages, without one MLP or attention each. Use numbers.")
         numbers = sorted({int(name.removeprefix("block")) for name in names})
         before = len(self.model.feature_info) - self.num_blocks  # a stem counts in timm's numbering
         features, maps = self.model.forward_intermediates(x, indices=[before + number - 1 for number in numbers])

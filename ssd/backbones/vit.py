@@ -1,21 +1,25 @@
 """Vision transformers of timm: learned positions (VisionTransformer) and rotary ones (Eva)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import timm
 import torch
+from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ssd.backbones.base import Attention, Backbone, create, say_padding, tap_names
-from ssd.backbones.drop_path import set_drop_path
+from ssd.backbones.drop_path import SUBSET, set_drop_path
 from ssd.backbones.positions import sincos_positions
 from ssd.backbones.post_norm import WITH_POST_NORM, normalise_behind
+from ssd.backbones.redundancy import least_redundant
 from ssd.batch import Tokens
+from ssd.distributed import is_sharded
 from ssd.errors import UserError
 
 BEFORE_BLOCKS: tuple[int | str, ...] = (0, "block0")
@@ -52,7 +56,7 @@ class ViT(Backbone):
         arguments: further arguments of the timm model, for instance {depth: 4, embed_dim: 96}.
     """
 
-    can = frozenset({"masked", "visible", "taps", "until"})
+    can = frozenset({"masked", "visible", "taps", "until", "keep"})
 
     def __init__(
         self,
@@ -159,6 +163,7 @@ class ViT(Backbone):
         visible: Tensor | None = None,
         taps: Sequence[int | str] = (),
         until: int | None = None,
+        keep: Mapping[int, int] | None = None,
     ) -> Tokens:
         """As `Backbone.forward`. Taps are whole sequences (B, num_prefix + N, D) before the final norm;
         what is answered went through the final norm, also after an early stop."""
@@ -169,10 +174,22 @@ class ViT(Backbone):
             raise UserError(f"until is {until}, expected a block of '{self.name}': 1 to {self.num_blocks}.")
         wanted = tap_names([tap for tap in taps if tap not in BEFORE_BLOCKS], last, self.num_blocks, self.name)
 
+        keep = keep or {}
+        self.check_keep(keep, last)
+
         grid, sequence, ropes = self.embed(x, masked, mask_token, visible)
+        places, kept = visible, {}
         tapped: dict[str, Tensor] = {"block0": sequence} if set(taps) & set(BEFORE_BLOCKS) else {}
         for number, block in enumerate(self.blocks[:last], 1):
+            if number - 1 in keep:
+                chosen = least_redundant(sequence[:, self.num_prefix :], keep[number - 1])
+                sequence = only_visible(sequence, chosen, self.num_prefix)
+                ropes = [None if rope is None else kept_rope(rope, chosen) for rope in ropes]
+                places = chosen if places is None else places.gather(1, chosen)
+                kept[number - 1] = places
             place: dict[str, Any] = {"rope": ropes[number - 1]} if self.rotary else {}
+            if f"block{number}.qkv" in wanted:
+                tapped[f"block{number}.qkv"] = queries_keys_values(block, sequence, place)
             if f"block{number}.mlp" in wanted:
                 sequence, tapped[f"block{number}.mlp"] = block_and_mlp(block, sequence, place)
             else:
@@ -180,7 +197,16 @@ class ViT(Backbone):
             if f"block{number}" in wanted:
                 tapped[f"block{number}"] = sequence
 
-        return replace(self.tokens_at(sequence, grid), taps=tapped)
+        return replace(self.tokens_at(sequence, grid), taps=tapped, kept=kept)
+
+    def check_keep(self, keep: Mapping[int, int], last: int) -> None:
+        """Raises UserError for patches that are dropped where no block follows."""
+        wrong = [number for number in keep if not 0 <= number < last]
+        if wrong:
+            raise UserError(
+                f"keep names block {wrong[0]} of '{self.name}', behind which no block runs. Use 0, for what enters the first, "
+                f"to {last - 1}."
+            )
 
     def tokens_at(self, tap: Tensor, grid: tuple[int, ...]) -> Tokens:
         """What stopping after the tapped block would have answered: the final norm is applied."""
@@ -340,6 +366,49 @@ def visible_rope(rope: Tensor, visible: Tensor) -> Tensor:
     """Rotary positions of the visible patches (B, n): of (N, d), (B, 1, n, d); of (heads, N, d), (B, heads, n, d)."""
     chosen = rope[..., visible, :]  # (B, n, d) or (heads, B, n, d)
     return chosen[:, None] if rope.ndim == 2 else chosen.transpose(0, 1)
+
+
+def kept_rope(rope: Tensor, kept: Tensor) -> Tensor:
+    """Rotary positions of the patches that are kept (B, n), of those of all samples or of each."""
+    if rope.ndim < 4:
+        return visible_rope(rope, kept)
+    return rope.gather(2, kept[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
+
+
+def queries_keys_values(block: Any, sequence: Tensor, place: dict[str, Any]) -> Tensor:
+    """What the attention of a block makes of its tokens (B, n, D), as it is about to multiply it: (3, B, heads, n, d).
+
+    Computed beside the block, so that its fused attention stays as it is and a compiled block is not asked.
+    """
+    if any(is_sharded(parameter) for parameter in block.parameters()):
+        raise UserError(
+            "queries, keys and values of a network that is spread over processes cannot be tapped. Use strategy ddp."
+        )
+    if type(block) not in {*SUBSET, *SUBSET.values()}:
+        raise UserError(
+            f"{type(block).__name__} normalises or attends in another order than most, and its queries, keys and values "
+            "cannot be tapped. Use another network, for instance vit_base_patch16_224."
+        )
+    attention: Any = block.attn
+    normed = block.norm1(sequence)
+    if getattr(attention, "qkv", None) is None:
+        parts = [attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)]
+    elif getattr(attention, "q_bias", None) is not None:
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        parts = list(F.linear(normed, attention.qkv.weight, bias).chunk(3, dim=-1))
+    else:
+        parts = list(attention.qkv(normed).chunk(3, dim=-1))
+    queries, keys, values = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in parts)
+    queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    if place.get("rope") is not None:
+        queries, keys = (rotated(part, place["rope"], attention).type_as(values) for part in (queries, keys))
+    return torch.stack([queries, keys, values])
+
+
+def rotated(tokens: Tensor, rope: Tensor, attention: Any) -> Tensor:
+    """(B, heads, n, d) with the patches turned by their positions; what stands before them has none."""
+    prefix, patches = tokens[:, :, : attention.num_prefix_tokens], tokens[:, :, attention.num_prefix_tokens :]
+    return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attention.rotate_half)], dim=2)
 
 
 def block_and_mlp(block: Any, sequence: Tensor, place: dict[str, Any]) -> tuple[Tensor, Tensor]:
