@@ -271,6 +271,7 @@ RECIPES: dict[str, Views] = {
     "crop_small": CropViews(size=32, evaluation_crop=1.0),
     "capi": CropViews(scale=(0.6, 1.0)),
     "capi_small": CropViews(size=32, scale=(0.6, 1.0), evaluation_crop=1.0),
+    "dmjd": CropViews(scale=(0.5, 1.0)),
     "supervised": CropViews(scale=(0.35, 1.0)),
     "clip": ClipViews(),
     "speech": SoundViews(),
