@@ -41,6 +41,8 @@ DISTILLED = 1
 class WholeAndMasked(MaskedBranch):
     """A `MaskedBranch` that is also asked for whole pictures."""
 
+    encodes_visible = False
+
     def forward(self, pictures: Tensor, visible: Tensor, whole: bool = False) -> tuple[Decoded, Tensor | None]:  # type: ignore[override]
         """What is predicted from visible patches, and with `whole` the pooled features (V, B, D) of all patches."""
         pooled = self.backbone(pictures.flatten(0, 1)).pooled().unflatten(0, pictures.shape[:2]) if whole else None

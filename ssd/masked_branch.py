@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,9 @@ class MaskedBranch(nn.Module):
         decoder: what predicts for every place.
         projectors: name of a tap of the backbone, such as "block9" -> what brings it to a teacher's width.
     """
+
+    encodes_visible: ClassVar[bool] = True
+    """Whether visible patches are all that is encoded in a step."""
 
     def __init__(
         self,

@@ -11,7 +11,6 @@ from torch import nn
 from ssd.backbones.base import Backbone
 from ssd.data.broken import UNREADABLE
 from ssd.heads import PROTOTYPES, Prototypes
-from ssd.masked_branch import MaskedBranch
 from ssd.masking.batch import MaskPlan
 from ssd.optim import resolve_lr
 from ssd.schedules import Cosine, Linear, Schedule, in_steps, value_at
@@ -275,7 +274,7 @@ def facts_of(module: Any, data: Any, *, processes: int, max_epochs: int | None, 
         normalised_by_batch=any(
             isinstance(p, nn.modules.batchnorm._BatchNorm) and p.training for p in module.modules()
         ),
-        encodes_visible=type(module.student) is MaskedBranch,
+        encodes_visible=getattr(module.student, "encodes_visible", False),
     )
 
 

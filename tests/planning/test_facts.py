@@ -10,6 +10,7 @@ from lightning_modules.dbot import DBOT
 from lightning_modules.dino import DINO
 from lightning_modules.dinov2 import DINOv2
 from lightning_modules.dinov3 import DINOv3
+from lightning_modules.dmjd import DMJD
 from lightning_modules.franca import Franca
 from lightning_modules.ibot import IBOT
 from lightning_modules.mae import MAE
@@ -17,7 +18,7 @@ from lightning_modules.random_teacher import RandomTeacher
 from ssd.backbones.base import Backbone
 from ssd.backbones.vit import ViT
 from ssd.errors import UserError
-from ssd.masking.recipes import BlockMasks
+from ssd.masking.recipes import BlockMasks, DisjointMasks
 from ssd.planning.facts import curve, facts_of, half_life
 from ssd.schedules import Cosine, Linear
 from ssd.views.recipes import CropViews, MixedDINOViews
@@ -77,6 +78,7 @@ def test_tokens_are_those_that_pass_the_networks_in_a_step(method):
 REGRESSION = {
     MAE: {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
     DBOT: {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    DMJD: {"cell": 4, "masks": DisjointMasks(0.6), "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
     Data2Vec: {"masks": BlockMasks(ratio=(0.6, 0.6), share=1.0, smallest=2), "top_blocks": 1},
     Data2Vec2: {"num_masks": 5, "top_blocks": 1, "decoder_dim": 24, "decoder_depth": 1, "decoder_groups": 4},
 }

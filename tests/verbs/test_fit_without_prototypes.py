@@ -18,6 +18,7 @@ SMALL = [
     [
         ("mae", ()),
         ("dbot", ()),
+        ("dmjd", ()),
         ("data2vec", ("top_blocks", 1)),
         ("data2vec2", ("top_blocks", 1, "num_masks", 2)),
         ("leap", ("teacher.arguments.depth", 2)),
