@@ -5,6 +5,7 @@ Departs from the published code: visible tokens are compared with the targets of
 places, in all but one or two of a hundred); the weight of their loss and the share that is predicted are settings that count.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -172,7 +173,7 @@ class DMJD(SelfDistillation):
     def optimized(self) -> list[Optimized]:
         factor = LR_RULES[self.lr_rule](predictions_of_a_hidden_patch(self.masking["global"]))
         lr = self.lr.scaled(factor) if isinstance(self.lr, Schedule) else self.lr * factor
-        return [Optimized(self.student, self.optimizer, lr, self.weight_decay, self.clip)]
+        return [replace(plan, lr=lr) for plan in super().optimized()]
 
     @property
     def _taught_by(self) -> Backbone:
