@@ -26,7 +26,6 @@ from ssd.optim import LARS, Clip, OptimizerRule
 from ssd.schedules import Cosine, Length, Schedule, in_steps
 from ssd.step import StepReport
 from ssd.teachers import Frozen
-from ssd.views.recipes import CropViews
 from ssd.views.view import Views
 
 MATCHES = ("curriculum", "last", "all")
@@ -103,9 +102,7 @@ class LEAP(SelfDistillation):
         backbone: Backbone,
         teacher: Backbone,
         *,
-        views: str | Views = CropViews(  # noqa: B008 (frozen)
-            scale=(0.14, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8, grey_prob=0.2
-        ),
+        views: str | Views = "leap",
         mixup: bool = True,
         mixup_group: int = 8,
         mixup_seed: int = 0,

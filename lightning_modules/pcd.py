@@ -26,7 +26,6 @@ from ssd.schedules import Cosine, Schedule
 from ssd.spatial import MapAttention, PixelHead, spatial_adaptor
 from ssd.teachers import Frozen
 from ssd.views.overlap import sampled, shared_places
-from ssd.views.recipes import DINOViews
 from ssd.views.view import Views
 
 PAIRINGS = ("same", "boxes", "index")
@@ -76,7 +75,7 @@ class PCD(SelfDistillation):
         teacher: Backbone,
         *,
         teacher_head: Projection | None = None,
-        views: str | Views = DINOViews(global_scale=(0.08, 1.0), local_count=0),  # noqa: B008 (frozen)
+        views: str | Views = "pcd",
         pairing: str = "same",
         temperature: float = 0.2,
         queue_size: int = 65_536,

@@ -59,6 +59,10 @@ def test_a_config_parses_with_the_line_it_opens_with_and_nothing_in_it_is_lost(n
             assert found(parsed, key).rpartition(".")[2] == value.rpartition(".")[2]
         elif key not in overridden:
             assert found(parsed, key) == value, key
+    views = (parsed.get("model") or {}).get("init_args", {}).get("views")
+    if isinstance(views, dict) and ".model.init_args.views.init_args.evaluation_size" not in leaves(given):
+        # one that was settled for the default's views would cost minutes on smaller ones
+        assert views["init_args"].get("evaluation_size") is None
 
 
 @pytest.mark.parametrize(

@@ -148,5 +148,6 @@ def diagnose_weights(state: Mapping[str, Any], step: int) -> list[Finding]:
 def same_names(tensors: Mapping[str, Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
     for name, student in tensors.items():
         teacher = tensors.get(f"teacher.network.{name.removeprefix('student.')}")
-        if name.startswith("student.") and teacher is not None:
+        # a teacher of its own may have layers of the same names and other sizes
+        if name.startswith("student.") and teacher is not None and teacher.shape == student.shape:
             yield student, teacher
