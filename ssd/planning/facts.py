@@ -11,6 +11,7 @@ from torch import nn
 from ssd.backbones.base import Backbone
 from ssd.data.broken import UNREADABLE
 from ssd.heads import PROTOTYPES, Prototypes
+from ssd.masked_branch import PredictingBranch
 from ssd.masking.batch import MaskPlan
 from ssd.optim import resolve_lr
 from ssd.schedules import Cosine, Linear, Schedule, in_steps, value_at
@@ -103,6 +104,8 @@ class Facts:
         stage: whether it begins with the networks of another run.
         normalised_by_batch: whether there is batch normalisation, which slices would change.
         encodes_visible: whether the student encodes what is not masked, and no more.
+        targets_of_patches: whether all targets are of patches, of which there are many more than pictures.
+        places_apart: whether Sinkhorn assigns each place of the grid by itself.
     """
 
     method: str
@@ -134,6 +137,15 @@ class Facts:
     stage: bool
     normalised_by_batch: bool
     encodes_visible: bool = False
+    targets_of_patches: bool = False
+    places_apart: bool = False
+
+    @property
+    def target_rows(self) -> int:
+        """Of a step, that are assigned together: the teacher's views, or their patches."""
+        seen = self.views[TEACHER_SEES]
+        together = math.prod(seen.grid) if self.targets_of_patches and not self.places_apart else 1
+        return self.step_batch * seen.count * together
 
     @property
     def step_batch(self) -> int:
@@ -155,8 +167,9 @@ class Facts:
 
     @property
     def momentum_half_life(self) -> float | None:
-        """Steps after which half of the teacher is newer, at the start of the run; None without an average."""
-        return half_life(self.curves["momentum"].start) if "momentum" in self.curves else None
+        """Steps after which half of the teacher is newer where it follows quickest, which is at the start of most runs; None
+        without an average."""
+        return half_life(self.curves["momentum"].lowest) if "momentum" in self.curves else None
 
     def tokens(self, network: str) -> int:
         """Of a step, that "student" or "teacher" encodes."""
@@ -183,7 +196,6 @@ class Facts:
 
     def row(self) -> dict[str, Any]:
         """For JSON."""
-        momentum = self.curves.get("momentum")
         return {
             "method": self.method,
             "data": self.data,
@@ -200,7 +212,7 @@ class Facts:
             "settings": {name: curve.row() for name, curve in self.curves.items()},
             "lr_scales": {"lowest": min(self.lr_scales.values()), "highest": max(self.lr_scales.values())},
             "last_layer_frozen_steps": self.frozen_steps,
-            "teacher_half_life_steps": None if momentum is None else half_life(momentum.start),
+            "teacher_half_life_steps": self.momentum_half_life,
             "prototypes": dict(self.prototypes),
             "tokens": {"student": self.tokens("student"), "teacher": self.tokens("teacher")},
             "parameters": dict(self.parameters),
@@ -275,6 +287,8 @@ def facts_of(module: Any, data: Any, *, processes: int, max_epochs: int | None, 
             isinstance(p, nn.modules.batchnorm._BatchNorm) and p.training for p in module.modules()
         ),
         encodes_visible=getattr(module.student, "encodes_visible", False),
+        targets_of_patches=isinstance(module.student, PredictingBranch),
+        places_apart=any(isinstance(part, Sinkhorn) and part.apart is not None for part in module.modules()),
     )
 
 

@@ -80,8 +80,11 @@ def prototypes(facts: Facts) -> float | None:
 
 
 def crowded(facts: Facts) -> float | None:
+    """For targets of pictures: there are many more patches, and CAPI's published ablation wants K as large as it gets."""
     most = prototypes(facts)
-    return most / fitting_prototypes(facts.samples) if most and facts.teacher_follows else None
+    if not most or not facts.teacher_follows or facts.targets_of_patches:
+        return None
+    return most / fitting_prototypes(facts.samples)
 
 
 def few_prototypes(facts: Facts) -> float | None:
@@ -89,11 +92,11 @@ def few_prototypes(facts: Facts) -> float | None:
 
 
 def prototypes_for_each_row(facts: Facts) -> float | None:
-    """K for each row that Sinkhorn-Knopp assigns: the teacher's views of a step."""
+    """K for each row that Sinkhorn-Knopp assigns: the teacher's views of a step, or their patches."""
     most = prototypes(facts)
     if not facts.sinkhorn or most is None or "global" not in facts.views:
         return None
-    return most / (facts.step_batch * facts.views["global"].count)
+    return most / facts.target_rows
 
 
 def half_life_share(facts: Facts) -> float | None:
@@ -221,8 +224,7 @@ def fewer_prototypes(facts: Facts) -> str:
 
 
 def fewer_for_sinkhorn(facts: Facts) -> str:
-    rows = facts.step_batch * facts.views["global"].count
-    return f"num_prototypes {2 ** int(math.log2(max(8 * rows, 2)))} or fewer, or larger batches"
+    return f"num_prototypes {2 ** int(math.log2(max(8 * facts.target_rows, 2)))} or fewer, or larger batches"
 
 
 def larger_local(facts: Facts) -> str:

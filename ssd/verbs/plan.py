@@ -333,7 +333,7 @@ def described(facts: Facts) -> dict[str, str]:
         momentum = curves["momentum"]
         middle = momentum.values[len(momentum.values) // 2]
         lines["teacher"] = (
-            f"half of it is newer than {length(half_life(momentum.start), facts)} at first, than "
+            f"half of it is newer than {length(half_life(momentum.lowest), facts)} at its quickest, than "
             f"{length(half_life(middle), facts)} half-way"
         )
     for kind, view in facts.views.items():

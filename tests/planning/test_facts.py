@@ -20,8 +20,10 @@ from ssd.backbones.vit import ViT
 from ssd.errors import UserError
 from ssd.masking.recipes import BlockMasks, DisjointMasks
 from ssd.planning.facts import curve, facts_of, half_life
+from ssd.planning.rules import warned
 from ssd.schedules import Cosine, Linear
 from ssd.views.recipes import CropViews, MixedDINOViews
+from tests.lightning_modules import test_capi
 from tests.lightning_modules.runs import convnet, digits, vit
 
 EPOCHS = 10
@@ -209,3 +211,15 @@ def test_tokens_of_views_that_change_their_size_are_those_of_a_step_on_average()
     mean = sum((size // 8) ** 2 + 1 for size in drawn) / len(drawn)
     assert facts.tokens("teacher") == pytest.approx(2 * 16 * mean, abs=1)
     assert not planned(convnet())[0].sizes_change
+
+
+@pytest.mark.parametrize(("positionwise", "rows"), [(True, 16), (False, 16 * 16)])
+def test_targets_of_patches_are_counted_as_patches_and_a_teacher_that_waits_by_when_it_follows(positionwise, rows):
+    module = test_capi.small(positionwise=positionwise, num_prototypes=4096)
+    facts, _ = planned(module, batch_size=16)
+    assert facts.targets_of_patches and facts.sinkhorn and facts.target_rows == rows
+    assert facts.momentum_half_life == pytest.approx(half_life(0.999), rel=1e-2)
+    assert facts.trainable == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert facts.lr_scales["backbone.model.patch_embed.weight"] == 0.2
+    found = {warning.setting for warning in warned(facts)}
+    assert ("target_rule" in found) == positionwise and "num_prototypes" not in found

@@ -106,7 +106,7 @@ def test_the_quickstart_leaves_no_range():
     said = typed("plan", "--config", "quickstart", "--no-measure")
     assert said.status == 0, said.err
     assert "settings  all within the ranges that are known to work" in said.out
-    assert "half of it is newer than 14 steps (0.676 epochs) at first" in said.out
+    assert "half of it is newer than 14 steps (0.676 epochs) at its quickest" in said.out
 
 
 def test_a_checkpoint_is_planned_as_the_run_that_wrote_it(run, config):
