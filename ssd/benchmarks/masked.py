@@ -1,4 +1,5 @@
-"""What masked regression saves by not computing: hidden patches, a teacher's last blocks, a teacher's pass for each mask."""
+"""What distillation from frozen teachers and of hidden patches saves by not computing: hidden patches, a teacher's last blocks, a
+teacher's pass for each mask."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from ssd.benchmarks.paired import Pair, compare
 from ssd.benchmarks.step import clock, wait
 from ssd.errors import UserError
 from ssd.masking.recipes import RandomMasks
+from ssd.step import Step
 from ssd.views.recipes import CropViews
 
 MASKS = 8  # of a picture, which share what a teacher made of it
@@ -109,31 +111,34 @@ def compare_teacher(case: Case, rounds: int) -> list[Pair]:
     return [case.timed(name, against, stopped, theirs, rounds) for against, theirs in others.items()]
 
 
+def pass_of(module: Step, case: Case) -> Callable[[], None]:
+    """Teacher and student of a method, forward and backward."""
+    module.to(case.device).train().begin(1000, 100)
+    masks = {kind: plan.draw(case.batch, 0, 0) for kind, plan in module.mask_plans().items()}
+    index = torch.arange(case.batch, device=case.device)
+    batch = Batch({"global": case.pictures()[None]}, index, case.batch, masks=masks).to(case.device)
+
+    def learn() -> None:
+        with torch.no_grad():
+            targets = module.targets(batch)
+        total: Any = sum(module.losses(batch, targets).values())
+        total.backward()
+        module.student.zero_grad()
+
+    return learn
+
+
 def compare_masks(case: Case, rounds: int) -> Pair:
-    """data2vec 2.0's teacher and student, forward and backward: several masks that share the teacher's one pass, beside as
-    many passes of one mask. A count is a mask of a picture."""
+    """data2vec 2.0: several masks that share the teacher's one pass, beside as many passes of one mask. A count is a mask of a
+    picture."""
     from lightning_modules.data2vec2 import Data2Vec2
 
-    def pass_of(number: int) -> Callable[[], None]:
+    def learner(number: int) -> Callable[[], None]:
         network = case.backbone()
-        module = Data2Vec2(
-            network, views=CropViews(size=case.size), num_masks=number, top_blocks=min(10, network.num_blocks)
-        )
-        module.to(case.device).train().begin(1000, 100)
-        masks = {"global": module.mask_plans()["global"].draw(case.batch, 0, 0)}
-        index = torch.arange(case.batch, device=case.device)
-        batch = Batch({"global": case.pictures()[None]}, index, case.batch, masks=masks).to(case.device)
+        layers = min(10, network.num_blocks)
+        return pass_of(Data2Vec2(network, views=CropViews(size=case.size), num_masks=number, top_blocks=layers), case)
 
-        def learn() -> None:
-            with torch.no_grad():
-                targets = module.targets(batch)
-            total: Any = sum(module.losses(batch, targets).values())
-            total.backward()
-            module.student.zero_grad()
-
-        return learn
-
-    together, alone = pass_of(MASKS), pass_of(1)
+    together, alone = learner(MASKS), learner(1)
 
     def one_by_one() -> None:
         for _ in range(MASKS):
@@ -143,10 +148,24 @@ def compare_masks(case: Case, rounds: int) -> Pair:
     return case.timed(name, f"{MASKS} passes", together, one_by_one, rounds, MASKS)
 
 
+def compare_curriculum(case: Case, rounds: int) -> Pair:
+    """LEAP, with a teacher of the student's size, while its target lies half-way through, beside the teacher's last block."""
+    from lightning_modules.leap import LEAP
+
+    def learner(**settings: Any) -> Callable[[], None]:
+        views = CropViews(size=case.size)
+        return pass_of(LEAP(case.backbone(), case.backbone(), views=views, mixup=False, **settings), case)
+
+    half = max(1, case.backbone().num_blocks // 2)
+    early, last = learner(start_block=half), learner(match="last")
+    return case.timed(f"LEAP at block {half}", "the last block", early, last, rounds)
+
+
 PARTS = {
     "encoder": "forward and backward pass of visible patches, beside that of all",
     "teacher": "DMAE's teacher stopped where it is tapped, beside run to its end, and to its end on whole pictures",
     "masks": f"data2vec 2.0's {MASKS} masks that share the teacher's pass, beside a pass for each",
+    "leap": "LEAP's teacher stopped half-way through, where its target is on average, beside its last block",
 }
 
 
@@ -161,6 +180,6 @@ def check(case: Case) -> None:
 
 def measure(part: str, case: Case, rounds: int) -> list[Pair]:
     """The comparisons of one of PARTS."""
-    if part == "encoder":
-        return [compare_encoder(case, rounds)]
-    return compare_teacher(case, rounds) if part == "teacher" else [compare_masks(case, rounds)]
+    if part == "teacher":
+        return compare_teacher(case, rounds)
+    return [{"encoder": compare_encoder, "masks": compare_masks, "leap": compare_curriculum}[part](case, rounds)]

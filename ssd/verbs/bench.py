@@ -139,7 +139,7 @@ def run_masked(argv: list[str]) -> int:
 
     parser = Parser(
         prog="ssd bench masked",
-        description="What masked regression does not compute, beside the same network computing it. Parts: "
+        description="What masked regression and LEAP do not compute, beside the same network computing it. Parts: "
         + "; ".join(f"{part}, {what}" for part, what in PARTS.items())
         + ".",
         epilog=EPILOG + " One thread is timed in processor time, more by the wall, for which nothing else should run.",

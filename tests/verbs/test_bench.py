@@ -153,7 +153,7 @@ def test_bench_masked_prints_and_writes_every_part(tmp_path, capsys):
     small = ["--network", "test_vit", "--size", "96", "--batch", "2", "--rounds", "1", "--threads", "1"]
     assert main(["bench", "masked", *small, "--json", file]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
-    begins = {"encoder": "encoder", "teacher": "teacher", "masks": "data2vec"}
+    begins = {"encoder": "encoder", "teacher": "teacher", "masks": "data2vec", "leap": "LEAP"}
     assert set(begins) == set(masked.PARTS)
     assert {row["case"].partition(" ")[0].strip(",") for row in rows} == set(begins.values())
     assert all(row["low"] <= row["ratio"] <= row["high"] and row["ours"] > 0 < row["baseline"] for row in rows)
