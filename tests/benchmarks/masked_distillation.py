@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ SHOWN = {
     "linear_10pct": "linear, 10 %",
     "linear": "linear, all",
 }
+
+PARTS = 5
 
 SIZES: dict[str, dict[str, Any]] = {
     "digits": {
@@ -82,6 +85,7 @@ class Run:
         pictures: of a step, as a share of the others'; the rest is for several masks of each.
         network: settings of the backbone beside the size's.
         decoder: whether it is MAE's.
+        parts: of the run, after each of which the student is kept.
     """
 
     method: str
@@ -93,6 +97,7 @@ class Run:
     pictures: float = 1
     network: dict[str, Any] = field(default_factory=dict)
     decoder: bool = True
+    parts: int = 1
 
 
 def hidden(ratio: float | None = None, keep: int | None = None) -> dict[str, Any]:
@@ -134,6 +139,11 @@ RUNS["data2vec2"] = Run(
     network={"post_norm": True},
     decoder=False,
 )
+LEAP: dict[str, Any] = {"patience": 0.08, "optimizer": "AdamW", "weight_decay": 0.05, "mixup": False}
+RUNS |= {
+    match: Run("LEAP", LEAP | settings, teacher="long_mae", decoder=False, parts=PARTS)
+    for match, settings in {"leap": {}, "leap_last": {"match": "last"}}.items()
+}
 ROWS = {
     "mae": ("mae", "last.ckpt#student"),
     "dbot_0": ("dbot", "stage-0.safetensors"),
@@ -146,8 +156,14 @@ ROWS = {
     "dmae_4": ("dmae_4", "last.ckpt#student"),
     "features": ("features", "last.ckpt#student"),
     "data2vec2": ("data2vec2", "last.ckpt#teacher"),
+    "leap": ("leap", "last.ckpt#student"),
+    "leap_last": ("leap_last", "last.ckpt#student"),
 }
 """Row -> the run and the network that it shows: the student of a stage is the teacher of the next."""
+COURSES = {
+    f"{run}_{part}": (run, f"part-{part}.safetensors") for run in ("leap", "leap_last") for part in range(1, PARTS)
+}
+"""Rows on the way, for what is reached in how many steps."""
 FINE_TUNED = {
     "random weights": "random:photographs",
     "MAE of photographs": "photographs",
@@ -156,17 +172,25 @@ FINE_TUNED = {
 }
 
 
-class StageEnds(pl.Callback):
-    """Keeps the backbone of each stage's student but the last's as `stage-0.safetensors` and so on among the checkpoints."""
+class Kept(pl.Callback):
+    """Keeps backbones among the checkpoints: of each stage's student but the last's, `stage-0.safetensors` and so on, and of
+    the student after each of so many equal `parts` of the run but the last, `part-1.safetensors` and so on."""
+
+    def __init__(self, parts: int = 1):
+        self.parts = parts
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        folder, step = Path(trainer.default_root_dir, "checkpoints"), module.step
+        folder.mkdir(exist_ok=True)
         begins = module.stage_begins()
-        if module.step in begins[1:]:
-            folder = Path(trainer.default_root_dir, "checkpoints")
-            folder.mkdir(exist_ok=True)
+        if step in begins[1:]:
             # the student has become the teacher by now
             state = module.teacher.network.model.state_dict()
-            save_file(state, folder / f"stage-{begins.index(module.step) - 1}.safetensors")
+            save_file(state, folder / f"stage-{begins.index(step) - 1}.safetensors")
+        ends = [round(number * module.total_steps / self.parts) for number in range(1, self.parts)]
+        if step in ends:
+            state = module.student.backbone.model.state_dict()
+            save_file(state, folder / f"part-{ends.index(step) + 1}.safetensors")
 
 
 def network(size: dict[str, Any], name: str, weights: str | None = None) -> dict[str, Any]:
@@ -196,9 +220,9 @@ def config(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any
         settings["teacher"] = {"class_path": "ViT", "init_args": teacher}
     if run.begins is not None:
         settings["pretrained"] = str(checkpoint(run.begins, seed, arguments) / "last.ckpt")
-    callbacks = [{"class_path": "tests.benchmarks.masked_distillation.StageEnds"}]
+    kept = {"class_path": "tests.benchmarks.masked_distillation.Kept", "init_args": {"parts": run.parts}}
     model = {"class_path": run.method, "init_args": settings | arguments.set}
-    return {"model": model, "trainer": {"callbacks": callbacks}}
+    return {"model": model, "trainer": {"callbacks": [kept]}}
 
 
 def ssd(*words: str) -> None:
@@ -255,43 +279,64 @@ class Judge:
 
     def __init__(self, about: dict[str, Any], arguments: argparse.Namespace):
         self.data = load_data([], about, "probe")
-        self.on, self.precision, self.bank = arguments.on, arguments.precision, arguments.bank
+        self.on, self.precision, self.most = arguments.on, arguments.precision, arguments.most
         self.patch = SIZES[arguments.data]["network"]["arguments"]["patch_size"]
 
     def numbers(self, embed: Any, seed: int) -> dict[str, dict[str, float]]:
         """Output -> the numbers of `SHOWN` in %, "rank" and "dense"; of raw pixels where there is no network."""
         output = "pixels" if embed is None else "mean_patch"
-        bank, queries = self.features(embed, output)
-        rows = {output: (bank.features, queries.features)}
-        report = few_label_report(rows, bank.labels, queries.labels, draws=20, seed=seed)[output]
+        features = self.features(embed)
+        bank, queries = features[output]
+        report = few_label_report(
+            {output: (bank.features, queries.features)}, bank.labels, queries.labels, draws=20, seed=seed
+        )[output]
         found = {output: {name: 100 * report[name].value for name in SHOWN} | {"rank": rankme(bank.features)}}
         loader = self.data.test_dataloader()[0 if self.on == "train" else -1]
         dense = dense_number(embed or (lambda x: pixel_patches(x, self.patch)), loader)
         assert dense is not None, "all these networks answer a map"
         found[output]["dense"] = 100 * dense.value
         if embed is not None:
-            bank, queries = self.features(embed, "cls")
+            bank, queries = features["cls"]
             labelled = (bank.features, bank.labels, queries.features, queries.labels)
             found["cls"] = {"knn": 100 * knn_number(*labelled).value}
         return found
 
-    def features(self, network: Any, output: str) -> tuple[Features, Features]:
+    def features(self, network: Any) -> dict[str, tuple[Features, Features]]:
+        """Output -> that of the samples which are compared with, and of those which are asked."""
         loaders = self.data.test_dataloader()[: 1 if self.on == "train" else 2]
+        parts = [self.first(loader) for loader in loaders]
         if network is None:
-            parts = [pixels(loader) for loader in loaders]
+            found = {"pixels": [pixels(part) for part in parts]}
         else:
-            embed = lambda samples: output_of(network, samples, output)
-            parts = [extract(embed, loader, precision=self.precision) for loader in loaders]
+            outputs = ("mean_patch", "cls")
+            embed = lambda samples: torch.cat([output_of(network, samples, name) for name in outputs], 1)
+            both = [extract(embed, part, precision=self.precision) for part in parts]
+            halves = [each.features.chunk(2, 1) for each in both]
+            found = {
+                name: [each._replace(features=half[place]) for each, half in zip(both, halves)]
+                for place, name in enumerate(outputs)
+            }
         if self.on == "train":
-            asked = torch.arange(len(parts[0].labels)) % 3 == 2
-            return Features(*(p[~asked] for p in parts[0])), Features(*(p[asked] for p in parts[0]))
-        rows = slice(self.bank)
-        return Features(*(part[rows] for part in parts[0])), parts[1]
+            asked = torch.arange(len(next(iter(found.values()))[0].labels)) % 3 == 2
+            return {
+                name: (Features(*(p[~asked] for p in part)), Features(*(p[asked] for p in part)))
+                for name, (part,) in found.items()
+            }
+        return {name: (part[0], part[1]) for name, part in found.items()}
+
+    def first(self, loader: Any) -> Iterator[Any]:
+        """Batches of a loader until there are as many samples as may be compared with."""
+        seen = 0
+        for batch in loader:
+            if seen >= self.most:
+                return
+            seen += len(batch["index"])
+            yield batch
 
 
 def judged(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """The numbers of a row, those of an earlier call where they are there; with "cost" of rows that are trained."""
-    run, file = ROWS.get(row, ("mae", ""))
+    run, file = (ROWS | COURSES).get(row, ("mae", ""))
     cost = trained(run, seed, arguments)
     folder = checkpoint(run, seed, arguments)
     place = folder.parent / f"{row}-{arguments.on}.json"
@@ -348,7 +393,7 @@ def main() -> None:
     parser.add_argument("--on", choices=("held-out", "train"), default="held-out", help="what is asked")
     parser.add_argument("--steps", type=int, help="of MAE, instead of the size's own number")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--bank", type=int, default=10_000, help="training samples that probes see at most")
+    parser.add_argument("--most", type=int, default=10_000, help="samples of each set that probes see, about")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--set", type=json.loads, default={}, help="further settings of every method, JSON")
     parser.add_argument("--precision", help="instead of the size's own, which was the faster one on a CPU")
