@@ -71,6 +71,16 @@ class Masks:
         assert self.weight is not None, "masks with varying counts have weights"
         return self.weight.flatten()
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(R,) masked places as indices into the V * B * N tokens, and (R,) True where one is not padding; slice after slice
+        where counts vary."""
+        if self.masked is None:
+            return self.flat_in_whole(), self.token_weight() > 0
+        views, batch, tokens = self.boolean.shape
+        first = torch.arange(views * batch, device=self.masked.device).unflatten(0, (views, batch)) * tokens
+        flat = (self.masked + first[..., None]).flatten()
+        return flat, torch.ones_like(flat, dtype=torch.bool)
+
     def flat_in_whole(self) -> Tensor:
         """`flat` as indices into the (V, B, N) tokens of all slices together. (G * U,)"""
         assert self.flat is not None, "masks with varying counts have flat indices"

@@ -35,6 +35,14 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
     return largest
 
 
+def from_first_rank(tensor: Tensor) -> Tensor:
+    """What rank 0 holds; a new tensor on every rank. Not differentiable."""
+    theirs = tensor.detach().clone()
+    if world_size() > 1:
+        dist.broadcast(theirs, src=0)
+    return theirs
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor that is sharded over ranks, sharing its memory; any other as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

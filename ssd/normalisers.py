@@ -28,16 +28,23 @@ def layer_normed(features: Tensor, eps: float = 1e-5) -> Tensor:
     return F.layer_norm(features.float(), features.shape[-1:], eps=eps)
 
 
-def instance_normed(features: Tensor, eps: float = 1e-5) -> Tensor:
+def instance_normed(features: Tensor, eps: float = 1e-5, valid: Tensor | None = None) -> Tensor:
     """Each channel of each sample (B, N, D) at mean 0 and variance 1 over the N tokens; one that is constant becomes 0.
 
-    Patches alone: a class token is none of them (data2vec 2.0, Baevski et al. 2022).
+    Patches alone: a class token is none of them (data2vec 2.0, Baevski et al. 2022). With `valid` (B, N) over the tokens that
+    are no padding, and what is padding has no meaning; the one token of a sample that has no other becomes 0.
     """
-    if features.shape[1] < 2:
+    if features.shape[1] < 2 and valid is None:
         raise ValueError(f"instance normalisation over {features.shape[1]} token says nothing: two or more are needed")
     exact = features.float()
-    variance, mean = torch.var_mean(exact, dim=1, correction=0, keepdim=True)
-    return (exact - mean) / (variance + eps).sqrt()
+    if valid is None:
+        variance, mean = torch.var_mean(exact, dim=1, correction=0, keepdim=True)
+        return (exact - mean) / (variance + eps).sqrt()
+    share = valid[..., None].float()
+    count = share.sum(1, keepdim=True).clamp_min(1)
+    centred = exact - (exact * share).sum(1, keepdim=True) / count
+    variance = (centred.square() * share).sum(1, keepdim=True) / count
+    return centred / (variance + eps).sqrt()
 
 
 def average(layers: Sequence[Tensor]) -> Tensor:

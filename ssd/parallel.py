@@ -9,16 +9,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from ssd.backbones.base import Backbone
+from ssd.backbones.transformer import Transformer
 from ssd.distributed import is_sharded
 from ssd.errors import UserError
 
 
 def compile_blocks(network: nn.Module) -> None:
     """Compiles every backbone inside `network` block by block, in place, so that state dict names stay."""
-    for module in network.modules():
-        if isinstance(module, Backbone):
-            for block in module.blocks:
-                block.compile()
+    for block in blocks_in(network):
+        block.compile()
+
+
+def blocks_in(network: nn.Module) -> list[nn.Module]:
+    """The blocks of every backbone inside `network`, and of a transformer that stands alone, each once."""
+    found = {
+        id(block): block
+        for module in network.modules()
+        if isinstance(module, Backbone | Transformer)
+        for block in module.blocks
+    }
+    return list(found.values())
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
@@ -27,10 +37,8 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     Each backbone's blocks are units of their own, and what is left of the network is one. All are given back after their
     forward pass, a teacher's too: an average over ranks' shards then meets shards on both sides.
     """
-    for module in network.modules():
-        if isinstance(module, Backbone):
-            for block in module.blocks:
-                fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    for block in blocks_in(network):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 

@@ -131,6 +131,53 @@ class Cosine(Schedule):
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * gone))
 
 
+@dataclass(frozen=True)
+class TriStage(Schedule):
+    """A linear rise from `warmup_start` to `start` over `warmup`, `start` for `hold`, then exponentially to `end` over the rest
+    (Hsu et al., "HuBERT", 2021; DinoSR).
+
+    Args:
+        warmup, hold: lengths, shares of the run or counts with their unit.
+    """
+
+    warmup: Length = 0.03
+    warmup_start: float = 0.0
+    hold: Length = 0.47
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.end <= self.start:
+            raise UserError(f"a TriStage falls exponentially from {self.start} to {self.end}. Use an end above 0, not above start.")
+
+    def _value(self, tick: int, ticks: int, length_in_ticks: Callable[[Length], int]) -> float:
+        rise = length_in_ticks(self.warmup)
+        falls = rise + length_in_ticks(self.hold)
+        if tick < rise:
+            return self.warmup_start + (self.start - self.warmup_start) * tick / rise
+        if tick < falls:
+            return self.start
+        share = min(1.0, (tick - falls) / max(ticks - falls, 1))
+        return self.start * (self.end / self.start) ** share
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    """From `start` towards `end`, nearer by a factor of e in each `scale`; `end` itself once it is as near as `reached`
+    (the teacher of SpidR, Poli et al. 2025).
+
+    Args:
+        scale: a share of the run or a count with its unit.
+        reached: distance from `end` that is none any more.
+    """
+
+    scale: Length = 0.05
+    reached: float = 1e-7
+
+    def _value(self, tick: int, ticks: int, length_in_ticks: Callable[[Length], int]) -> float:
+        left = (self.start - self.end) * math.exp(-tick / max(length_in_ticks(self.scale), 1))
+        return self.end if abs(left) <= self.reached else self.end + left
+
+
 def value_at(setting: float | Schedule, step: int, total: int, steps_per_epoch: int) -> float:
     """A plain number is its own value at any time."""
     return setting.value(step, total, steps_per_epoch) if isinstance(setting, Schedule) else setting

@@ -5,7 +5,7 @@ states itself in `targets`, `losses` and `update`.
 """
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -29,7 +29,7 @@ from ssd.record import Recorded
 from ssd.resume import refuse_another_length
 from ssd.schedules import Cosine, Length, Schedule, in_steps, value_at
 from ssd.views.recipes import views_named
-from ssd.views.view import Views
+from ssd.views.view import WHOLE_SOUND, Views
 
 NORMALISATIONS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -229,6 +229,10 @@ class Step(Recorded, nn.Module):
         """Called once where a run begins that goes on with no other, before its first step and after `start_from` was
         read: for networks that are read from files, or copied from others."""
 
+    def resting(self) -> Iterable[nn.Parameter]:
+        """Parameters that do not move in this step, neither by gradient nor by decay; no norm of gradients counts them."""
+        return ()
+
     def measures(self, targets: Targets) -> dict[str, Tensor]:
         """What else is worth knowing of the targets of a logged step: scalars over this rank's samples, on the device,
         which the report gives as their mean over ranks."""
@@ -260,16 +264,24 @@ class Step(Recorded, nn.Module):
                 raise UserError(
                     f"masks are for '{kind}' views, and the views have {', '.join(kinds)}. Name one of them."
                 )
-            grid_of, lengths = self.evaluated_backbone.grid, kinds[kind][0].lengths
-            if lengths is None:
+            backbone, lengths = self.evaluated_backbone, kinds[kind][0].lengths
+            if lengths is None and backbone.frames is None:
                 raise UserError(
-                    f"masks are for '{kind}' views, which are whole sounds of any length. Give the views a length "
-                    f"({kind}_length_s)."
+                    f"masks are for '{kind}' views, which are whole sounds of any length, and {type(backbone).__name__} does "
+                    "not say how many tokens a length gives. Use SpeechEncoder or LogMelEncoder."
                 )
             others = {views.kinds()[kind][0].lengths for views in self.views.all_of_a_run()} - {lengths}
-            grids = tuple((other[-1], grid_of(*other)) for other in sorted(others))
-            grid = grid_of(*lengths)
-            plans[kind] = MaskPlan(recipe, len(kinds[kind]), grid, self.micro_batches, grids, self.masks_per_view)
+            grids = tuple((other[-1], backbone.grid(*other)) for other in sorted(others))
+            plans[kind] = MaskPlan(
+                recipe,
+                len(kinds[kind]),
+                backbone.grid(*(lengths or WHOLE_SOUND)),
+                self.micro_batches,
+                grids,
+                self.masks_per_view,
+                frames=backbone.frames,
+                equal_lengths=self.views.equal_lengths,
+            )
         return plans
 
     # ------------------------------------------------------------------ time
@@ -359,6 +371,9 @@ class Step(Recorded, nn.Module):
             for name, value in part.measures.items() if isinstance(part, Terms) else ():
                 answers[name] = answers.get(name, 0) + value.detach() / slices
 
+        for parameter in self.resting():
+            # without a gradient the optimiser neither decays a weight nor moves its moments
+            parameter.grad = None
         if scaler is not None:
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
@@ -377,7 +392,6 @@ class Step(Recorded, nn.Module):
                     names, gradients = trained_gradients(plan.module)
                     plan.clip.apply(gradients, plan_norms, [part_of(name) for name in names])
                 if frozen and self.freeze_by == "gradient":
-                    # without a gradient the optimiser neither decays a weight nor moves its moments
                     for name, parameter in plan.module.named_parameters():
                         if "last_layer" in name:
                             parameter.grad = None

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssd.batch import Batch
+from ssd.data.sound_samples import masks_of_sounds
 from ssd.distributed import rank as own_rank
 from ssd.record import build, describe
 
@@ -103,7 +104,11 @@ class MethodContract:
         """A rank's part of step `step`, with the masks that data draws for this module: those of the whole step, cut."""
         batch = self.batch(SAMPLES, step).part(rank, world)
         for number, (kind, plan) in enumerate(module.mask_plans().items()):
-            batch.masks[kind] = plan.draw(len(batch), SEED, step, number, rank=rank, world=world)
+            place, part = (SEED, step, number), {"rank": rank, "world": world}
+            if kind in batch.valid:
+                batch.masks[kind] = masks_of_sounds(plan, batch.valid[kind], *place, **part)
+            else:
+                batch.masks[kind] = plan.draw(len(batch), *place, **part)
         return batch
 
     def batches(self, module: Any) -> list[Batch]:

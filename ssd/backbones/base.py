@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssd.batch import Tokens
 from ssd.errors import UserError
+from ssd.frames import Frames
 from ssd.record import Recorded
 
 ABILITIES = {
@@ -57,6 +58,8 @@ class Backbone(Recorded, nn.Module):
     can: frozenset[str] = frozenset()
     of_timm: ClassVar[bool] = True
     """Whether `model` is timm's own; else what is exported is rebuilt by this library."""
+    frames: Frames | None = None
+    """Of a network over sound, how many tokens a sound gives over time."""
     model: Any
     attention: tuple[Any, ...]
     started_from: str | None = None

@@ -44,11 +44,15 @@ def uniforms(shape: tuple[int, ...], *place: int) -> np.ndarray:
 
 def uniforms_of_many(shape: tuple[int, ...], places: Sequence[tuple[int, ...]]) -> np.ndarray:
     """`uniforms(shape, *place)` for each place, stacked, in one go. (len(places), *shape)"""
-    count = int(np.prod(shape))
     keys = np.array([key(*place) for place in places], dtype=np.uint64)
+    return uniforms_of_keys(int(np.prod(shape)), keys).reshape(len(places), *shape)
+
+
+def uniforms_of_keys(count: int, keys: np.ndarray) -> np.ndarray:
+    """(len(keys), count) uniform numbers of the streams `keys` uint64; the first ones are the same for any count."""
     with np.errstate(over="ignore"):
         counter = keys[:, None] + GAMMA * np.arange(1, count + 1, dtype=np.uint64)
-        return (mix(counter) >> np.uint64(11)).reshape(len(places), *shape) * 2.0**-53
+        return (mix(counter) >> np.uint64(11)) * 2.0**-53
 
 
 def generator(*place: int) -> np.random.Generator:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssd.batch import Batch
+from ssd.batch import Batch, Masks
 from ssd.data.broken import UNREADABLE, BrokenSamples, readable
+from ssd.data.randomness import uniforms
 from ssd.data.sampler import Draws
 from ssd.data.sound import Sound, resampled_length
 from ssd.data.sources import Source
 from ssd.masking.batch import MaskPlan
 from ssd.views.sound import SoundViews, Window, draw_windows, middle, normalised, sound_view
+
+CUT = -9  # key of where sounds are cut to the shortest of their batch
 
 
 @dataclass
@@ -100,6 +104,7 @@ class CollateSounds:
         masks: name -> what is masked, drawn for the step and no other.
         seed: of masks.
         rank, world: which part of the step's samples this is; all ranks have as many.
+        crop_to_shortest: cut each kind's views at random to the shortest of this batch, in place of padding.
     """
 
     labelled: bool
@@ -107,14 +112,19 @@ class CollateSounds:
     seed: int = 0
     rank: int = 0
     world: int = 1
+    crop_to_shortest: bool = False
 
     def __call__(self, batch: SoundSamples) -> Batch:
         samples = batch.sounds
         views, valid = {}, {}
         for kind, least in samples[0].lengths.items():
             rows = list(zip(*(sample.views[kind] for sample in samples), strict=True))  # V times B
+            lengths = [len(row) for view in rows for row in view]
             # what is fixed for the step is the same on every rank
-            size = least or max(len(row) for view in rows for row in view)
+            size = min(lengths) if self.crop_to_shortest else least or max(lengths)
+            if self.crop_to_shortest:
+                begins = uniforms((len(rows), len(samples)), self.seed, batch.step, self.rank, CUT)
+                rows = [tuple(map(cut, view, places, repeat(size))) for view, places in zip(rows, begins.tolist())]
             views[kind], valid[kind] = (torch.stack(parts) for parts in zip(*(padded(view, size) for view in rows)))
         return Batch(
             views=views,
@@ -123,10 +133,23 @@ class CollateSounds:
             total=len(samples) * self.world,
             label=torch.tensor([sample.label for sample in samples]) if self.labelled else None,
             masks={
-                name: plan.draw(len(samples), self.seed, batch.step, number, rank=self.rank, world=self.world)
+                name: masks_of_sounds(plan, valid[name], self.seed, batch.step, number, rank=self.rank, world=self.world)
                 for number, (name, plan) in enumerate(sorted(self.masks.items()))
             },
         )
+
+
+def masks_of_sounds(plan: MaskPlan, valid: Tensor, *place: int, rank: int = 0, world: int = 1) -> Masks:
+    """The masks of views of which `valid` (V, B, S) says what is sound, by `MaskPlan.draw` or `MaskPlan.draw_padded`."""
+    if plan.frames is None or plan.equal_lengths:
+        return plan.draw(valid.shape[1], *place, rank=rank, world=world, side=valid.shape[2])
+    return plan.draw_padded(valid.sum(-1).numpy(), valid.shape[2], *place, rank=rank, world=world)
+
+
+def cut(sound: np.ndarray, place: float, size: int) -> np.ndarray:
+    """`size` of a sound's samples, from where `place` in [0, 1) says."""
+    start = int(place * (len(sound) - size + 1))
+    return sound[start : start + size]
 
 
 def padded(sounds: Sequence[np.ndarray], size: int) -> tuple[Tensor, Tensor]:

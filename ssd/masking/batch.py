@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from ssd.batch import Masks
-from ssd.data.randomness import generator
+from ssd.data.randomness import generator, key
 from ssd.errors import UserError
+from ssd.frames import Frames
 from ssd.masking.counts import SPREAD, floor
-from ssd.masking.recipes import Masking
+from ssd.masking.recipes import MASKS, Masking
 from ssd.masking.shapes import lowest
 
 ROUND = 64  # padded lengths are multiples of it, so that few shapes occur
@@ -24,11 +25,13 @@ class MaskPlan:
     Args:
         recipe: how.
         views: of each sample.
-        grid: tokens of a view, (h, w), (t, h, w) or (t,).
+        grid: tokens of a view, (h, w), (t, h, w) or (t,); of a sound of any length, those of one second.
         slices: equal parts in which the batch of a rank passes the student.
         other_grids: of views whose size is not the same in every step: ((side in px, grid), ...)
         masks_per_view: of each view, all views under their first mask, then under their second.
         predicted: share of the masked tokens that are asked for, int(M predicted) of them and 1 at least; null = all.
+        frames: of sounds, how many tokens a length gives.
+        equal_lengths: whether all samples of a batch are as long as one another.
     """
 
     recipe: Masking
@@ -38,6 +41,8 @@ class MaskPlan:
     other_grids: tuple[tuple[int, tuple[int, ...]], ...] = ()
     masks_per_view: int = 1
     predicted: float | None = None
+    frames: Frames | None = None
+    equal_lengths: bool = True
 
     @property
     def masks(self) -> int:
@@ -47,13 +52,41 @@ class MaskPlan:
     def draw(self, batch: int, *place: int, rank: int = 0, world: int = 1, side: int | None = None) -> Masks:
         """The masks of this rank's `batch` samples; `place` is (seed, step) and whatever tells plans apart.
 
-        `side` is that of the step's views, px.
+        `side` is that of the step's views, px; of sounds that all have as many samples, their number.
         """
         grid = next((other for px, other in self.other_grids if px == side), self.grid)
+        if self.frames is not None and side is not None:
+            grid = (self.frames.count(side), *self.grid[1:])
         masks = masks_for(self.recipe, self.masks, batch, grid, *place, rank=rank, world=world, slices=self.slices)
         if self.predicted is not None:
             masks.predicted = predicted_places(masks, self.predicted, *place, rank=rank, world=world)
         return masks
+
+    def draw_padded(self, lengths: np.ndarray, padded: int, *place: int, rank: int = 0, world: int = 1) -> Masks:
+        """The masks of sounds of `lengths` (V, B) samples that were padded to `padded`.
+
+        Each sound's are a function of its place in the step and its own length, whatever lies beside it. Raises UserError
+        for a sound that is shorter than a token, or a batch that `slices` does not divide.
+        """
+        assert self.frames is not None, "sounds have frames"
+        views, batch = lengths.shape
+        check_slices(self.slices, batch)
+        if len(self.grid) != 1:
+            raise UserError(
+                f"masks: sounds of their own lengths are masked over time, and the tokens lie on a grid of {self.grid}. Give "
+                "the views crop_to_shortest, or a backbone that answers one token for each moment."
+            )
+        counts = self.frames.counts(lengths)
+        if counts.min() < 1:
+            raise UserError(
+                f"a sound of {lengths.min()} samples is shorter than a token, which sees {self.frames.receptive_field}. Leave "
+                "such files out (data.shortest_s)."
+            )
+        rows = [(*place, MASKS, view, rank * batch + row) for view in range(views) for row in range(batch)]
+        keys = np.array([key(*row) for row in rows], dtype=np.uint64)
+        boolean = self.recipe.draw_each(counts.flatten(), self.frames.count(padded), keys).reshape(views, batch, -1)
+        per_slice = boolean.sum((0, 2)).reshape(self.slices, -1).sum(1).max()
+        return packed(boolean, self.slices, max(-(-int(per_slice) // ROUND) * ROUND, 1))
 
 
 def masks_for(
@@ -70,8 +103,7 @@ def masks_for(
 
     Raises UserError where `slices` does not divide `batch`.
     """
-    if batch % slices:
-        raise UserError(f"micro_batches: {slices} does not divide the batch of {batch}. Use a divisor.")
+    check_slices(slices, batch)
     everywhere = recipe.draw(views, batch * world, grid, *place)
     boolean = everywhere[:, rank * batch : (rank + 1) * batch]
     if recipe.exact:
@@ -87,6 +119,11 @@ def masks_for(
     else:
         length = padded_length(most, per_slice)
     return packed(boolean, slices, max(length, 1))
+
+
+def check_slices(slices: int, batch: int) -> None:
+    if batch % slices:
+        raise UserError(f"micro_batches: {slices} does not divide the batch of {batch}. Use a divisor.")
 
 
 def predicted_places(masks: Masks, share: float, *place: int, rank: int = 0, world: int = 1) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ssd.data.randomness import generator
+from ssd.data.randomness import generator, uniforms_of_keys
 from ssd.errors import UserError
 from ssd.masking.counts import floor, most_tokens, wanted_tokens
 from ssd.masking.shapes import draw_blocks, expand, in_cells, lowest, lowest_of_each, visible_blocks
@@ -39,6 +39,17 @@ class Masking:
         """(batch,) most tokens that may be masked in all views of each sample, where that is known before they are
         drawn: slices are padded to it, so that their shape never changes."""
         return None
+
+    def draw_each(self, lengths: np.ndarray, width: int, keys: np.ndarray) -> np.ndarray:
+        """(R, width) bool of sequences of unequal `lengths` (R,), True where masked, never behind a sequence's end.
+
+        Each is a function of its key (R,) uint64 and its length: the same alone as padded beside longer ones. Raises
+        UserError for recipes that know no sequences.
+        """
+        raise UserError(
+            f"masks: {type(self).__name__} hides tokens of samples that are alike in size, and these sounds have their own "
+            "lengths. Use SpanMasks."
+        )
 
 
 @dataclass(frozen=True)
@@ -246,7 +257,8 @@ class InverseSquareMasks(Masking):
 @dataclass(frozen=True)
 class SpanMasks(Masking):
     """Spans of a sequence hidden, which may overlap; then single ones shown again until all samples have equal counts
-    (wav2vec 2.0, data2vec, DinoSR).
+    (wav2vec 2.0, data2vec, DinoSR). Sequences of unequal lengths keep their own counts; in one that is not longer than a
+    span, spans are shorter, so that a token stays visible.
 
     Args:
         ratio: spans times their length, as a share of the sequence. Overlap makes the share that is hidden smaller.
@@ -271,13 +283,27 @@ class SpanMasks(Masking):
         rows = views * batch
         spans = np.floor(self.ratio * tokens / self.length + rng.random(rows))
         begun = lowest_of_each(rng.random((rows, starts)), np.clip(spans, 1, starts).astype(int))
-        # a token is hidden where a span began within the last `length` places
-        began = np.zeros((rows, tokens + 1), dtype=np.int64)
-        began[:, 1 : starts + 1] = begun.cumsum(1)
-        began[:, starts + 1 :] = began[:, starts : starts + 1]
-        before = np.maximum(np.arange(1, tokens + 1) - self.length, 0)
-        masked = began[:, 1:] > began[:, before]
+        masked = in_spans(begun, tokens, np.full(rows, self.length))
         return lowest(np.where(masked, rng.random((rows, tokens)), 2), int(masked.sum(1).min()))
+
+    def draw_each(self, lengths: np.ndarray, width: int, keys: np.ndarray) -> np.ndarray:
+        numbers = uniforms_of_keys(width + 1, keys)  # (R, 1 + width)
+        length = np.minimum(self.length, np.maximum(lengths - 1, 0))
+        starts = lengths - length  # 1 or more, but for sequences of no token
+        spans = np.floor(self.ratio * lengths / np.maximum(length, 1) + numbers[:, 0])
+        possible = np.arange(width) < starts[:, None]
+        begun = lowest_of_each(np.where(possible, numbers[:, 1:], 2), np.clip(spans, 1, starts).astype(int))
+        return in_spans(begun & possible, width, length)
+
+
+def in_spans(begun: np.ndarray, tokens: int, length: np.ndarray) -> np.ndarray:
+    """(R, tokens) bool: hidden where one of the spans, of `length` (R,), that `begun` (R, starts) has begun at last."""
+    rows, starts = begun.shape
+    began = np.zeros((rows, tokens + 1), dtype=np.int64)
+    began[:, 1 : starts + 1] = begun.cumsum(1)
+    began[:, starts + 1 :] = began[:, starts : starts + 1]
+    before = np.maximum(np.arange(1, tokens + 1) - length[:, None], 0)
+    return began[:, 1:] > np.take_along_axis(began, before, axis=1)
 
 
 # ---------------------------------------------------------------------- checks

@@ -4,52 +4,17 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ssd.batch import Batch
 from ssd.pictures.layout import FAINT, INK, LINE, Colour, font, stacked, with_margin
 from ssd.pictures.sheet import COLOURS
+from ssd.spectrogram import MELS, log_mel
 
-MELS = 64
-WINDOW_S, HOP_S = 0.025, 0.01
 RANGE_DB = 70  # below the loudest, where the picture is black
 WAVE_HEIGHT, ROW_HEIGHT = 40, 2  # px, of the waveform and of one mel band
 LONGEST = 1000  # px, of a whole sound
-
-
-def log_mel(samples: Tensor, rate_hz: int) -> Tensor:
-    """Power in mel bands, dB, (S,) -> (MELS, frames): windows of 25 ms every 10 ms."""
-    size, hop = max(16, round(WINDOW_S * rate_hz)), max(1, round(HOP_S * rate_hz))
-    samples = torch.nn.functional.pad(samples.float(), (0, max(0, size - len(samples))))
-    points = 2 ** (size - 1).bit_length()
-    power = torch.stft(
-        samples,
-        points,
-        hop,
-        size,
-        torch.hann_window(size),
-        center=True,
-        pad_mode="constant",
-        return_complex=True,
-    )
-    return 10 * torch.log10(mel_filters(points, rate_hz) @ power.abs().square() + 1e-10)
-
-
-def mel_filters(points: int, rate_hz: int) -> Tensor:
-    """Triangles evenly spaced in mel, 2595 log10(1 + f / 700), of area 1. (MELS, points // 2 + 1)"""
-    highest = 2595 * np.log10(1 + rate_hz / 2 / 700)
-    edges = 700 * (10 ** (np.linspace(0, highest, MELS + 2) / 2595) - 1)
-    frequencies = np.linspace(0, rate_hz / 2, points // 2 + 1)
-    rising = (frequencies - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    falling = (edges[2:, None] - frequencies) / (edges[2:] - edges[1:-1])[:, None]
-    triangles = np.maximum(0, np.minimum(rising, falling))
-    # a band narrower than the distance of two frequencies would be empty: it takes the nearest
-    empty = triangles.sum(1) == 0
-    nearest = np.abs(frequencies - edges[1:-1, None]).argmin(1)
-    triangles[empty, nearest[empty]] = 1
-    return torch.from_numpy(triangles / triangles.sum(1, keepdims=True)).float()
 
 
 def sound_picture(samples: Tensor, rate_hz: int, wide: int) -> Image.Image:

@@ -277,6 +277,9 @@ RECIPES: dict[str, Views] = {
     "supervised": CropViews(scale=(0.35, 1.0)),
     "clip": ClipViews(),
     "speech": SoundViews(),
+    "utterance": SoundViews(
+        global_count=1, global_length_s=None, local_count=0, gain_db=(0.0, 0.0), noise_prob=0.0, normalize=True
+    ),
 }
 
 

@@ -69,6 +69,7 @@ class SoundViews(Views):
         noise_db: level of the sound over the noise, lowest and highest, dB.
         normalize: each view to mean 0 and standard deviation 1 over what is not padding, as networks that were
             published with such input want it; takes the gain out again.
+        crop_to_shortest: cut the views of a batch at random to the shortest of them on each process, in place of padding.
         evaluation_length_s: length of the evaluation look, the middle of each sound, s; null = `global_length_s`.
     """
 
@@ -81,6 +82,7 @@ class SoundViews(Views):
     noise_prob: float = 0.5
     noise_db: Sequence[float] = (10.0, 30.0)
     normalize: bool = False
+    crop_to_shortest: bool = False
     evaluation_length_s: float | None = None
 
     def __post_init__(self):
@@ -102,6 +104,10 @@ class SoundViews(Views):
         if self.local_count:
             kinds["local"] = (view(self.local_length_s),) * self.local_count
         return kinds
+
+    @property
+    def equal_lengths(self) -> bool:
+        return self.crop_to_shortest
 
     @property
     def evaluation_samples(self) -> int | None:

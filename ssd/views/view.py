@@ -84,6 +84,11 @@ class Views:
         """`View.lengths` of the evaluation look; None where each sample is as long as it is."""
         raise NotImplementedError(f"{type(self).__name__} does not say how long an evaluation look is")
 
+    @property
+    def equal_lengths(self) -> bool:
+        """Whether the views of a kind are as long as one another in a batch, without padding."""
+        return True
+
     def all_of_a_run(self) -> tuple["Views", ...]:
         """The recipes that steps of a run take; more than one where they differ from step to step."""
         return (self,)

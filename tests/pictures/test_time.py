@@ -9,7 +9,8 @@ from ssd.batch import Batch
 from ssd.pictures.clips import APART, BAR, at, clip_sheet, timeline
 from ssd.pictures.layout import GAP, LINE
 from ssd.pictures.sheet import COLOURS
-from ssd.pictures.sound import LONGEST, MELS, log_mel, mel_filters, sound_picture, sound_sheet, spans, waveform
+from ssd.pictures.sound import LONGEST, sound_picture, sound_sheet, spans, waveform
+from ssd.spectrogram import MELS, log_mel, mel_filters
 
 RATE_HZ = 8000
 
