@@ -1,12 +1,14 @@
 """Mask samplers: counts, shapes, statistics of the cards, and that a rank or a slice sees its part of the whole."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from ssd.errors import UserError
+from ssd.frames import Frames
 from ssd.masking.batch import MaskPlan, masks_for
 from ssd.masking.counts import SPREAD
 from ssd.masking.recipes import (
@@ -381,3 +383,65 @@ def test_a_number_of_tokens_to_keep_is_kept_exactly(keep, tube):
         RandomMasks(keep=196).draw(1, 1, (14, 14), 0, 0)
     with pytest.raises(UserError, match="Keep 1 token"):
         RandomMasks(keep=0)
+
+
+# ---------------------------------------------------------------- sounds of their own lengths
+
+PLAN = MaskPlan(SpanMasks(0.8, 3), 1, (49,), frames=Frames(((10, 5), (4, 4))), equal_lengths=False)
+SAMPLES = np.array([[400, 1000, 150, 700]])
+
+
+def test_a_sound_is_masked_alike_alone_and_beside_longer_ones():
+    together = PLAN.draw_padded(SAMPLES, 1000, 0, 7, 0)
+    for row, samples in enumerate(SAMPLES[0]):
+        frames = PLAN.frames.count(int(samples))
+        longer = PLAN.draw_padded(SAMPLES[:, : row + 1], 5000, 0, 7, 0).boolean[0, row]
+        assert torch.equal(together.boolean[0, row, :frames], longer[:frames])
+        assert not together.boolean[0, row, frames:].any() and not longer[frames:].any()
+
+
+def test_each_rank_and_slice_masks_what_one_process_would():
+    whole = PLAN.draw_padded(SAMPLES, 1000, 0, 7, 0).boolean
+    for rank in range(2):
+        mine = slice(2 * rank, 2 * rank + 2)
+        part = replace(PLAN, slices=2).draw_padded(SAMPLES[:, mine], 1000, 0, 7, 0, rank=rank, world=2)
+        assert torch.equal(part.boolean, whole[:, mine])
+        places, real = part.places()
+        hidden = torch.zeros(part.boolean.numel(), dtype=torch.bool)
+        hidden[places[real]] = True
+        assert torch.equal(hidden, part.boolean.flatten()) and real.sum() == hidden.sum()
+
+
+def test_each_step_and_each_sound_draws_anew():
+    lengths = np.full((1, 4), 1000)
+    first, second = (PLAN.draw_padded(lengths, 1000, 0, step, 0).boolean[0] for step in range(2))
+    assert not torch.equal(first, second)
+    assert len({tuple(row.tolist()) for row in first}) == 4
+
+
+@pytest.mark.parametrize(("ratio", "share"), [(0.8, 0.568), (0.65, 0.490)])
+def test_spans_of_their_own_hide_the_published_share(ratio, share):
+    keys = np.arange(600, dtype=np.uint64)
+    masks = SpanMasks(ratio).draw_each(np.full(600, 999), 1200, keys)
+    assert masks[:, :999].mean() == pytest.approx(share, abs=0.02) and not masks[:, 999:].any()
+
+
+def test_some_frames_of_a_short_sound_are_hidden_and_never_all():
+    lengths = np.tile(np.arange(1, 13), 50)
+    hidden = SpanMasks(0.8, 10).draw_each(lengths, 20, np.arange(600, dtype=np.uint64)).sum(1)
+    assert (hidden < lengths).all() and (hidden[lengths > 1] > 0).all() and not hidden[lengths == 1].any()
+
+
+def test_masks_of_pictures_are_none_of_sounds():
+    with pytest.raises(UserError, match="Use SpanMasks"):
+        replace(PLAN, recipe=RandomMasks(0.5)).draw_padded(SAMPLES, 1000, 0, 0, 0)
+    with pytest.raises(UserError, match="crop_to_shortest"):
+        replace(PLAN, grid=(49, 4)).draw_padded(SAMPLES, 1000, 0, 0, 0)
+    with pytest.raises(UserError, match="shorter than a token"):
+        PLAN.draw_padded(np.array([[400, 20]]), 400, 0, 0, 0)
+
+
+def test_places_of_equal_counts_are_those_of_the_boolean_form():
+    masks = masks_for(RandomMasks(0.5), 2, 3, (8,), 0, 0)
+    places, real = masks.places()
+    assert real.all() and torch.equal(places, masks.boolean.flatten().nonzero()[:, 0])

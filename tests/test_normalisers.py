@@ -29,6 +29,18 @@ def test_instance_normalisation_is_over_tokens_and_a_constant_channel_becomes_ze
         instance_normed(features[:, :1])
 
 
+def test_instance_normalisation_of_padded_tokens_is_that_of_the_others():
+    features = tensor([[[1.0], [2.0], [3.0], [9.0], [-9.0]], [[4.0], [0.0], [0.0], [0.0], [0.0]]])
+    valid = tensor([[True] * 3 + [False] * 2, [True] + [False] * 4])
+    normed = instance_normed(features, valid=valid)
+    assert_close(normed[0, :3, 0], tensor([-1.224736, 0.0, 1.224736]), atol=1e-5, rtol=0)
+    assert normed[1, 0, 0] == 0, "the one token of a sample"
+    padded = tensor([[[1.0], [2.0], [3.0], [0.0], [0.0]]])
+    assert_close(instance_normed(padded)[0, :3, 0], tensor([-0.1715, 0.6860, 1.5435]), atol=1e-4, rtol=0)
+    everything = torch.ones_like(valid)
+    assert_close(instance_normed(features, valid=everything), instance_normed(features))
+
+
 def test_layers_weigh_alike_once_they_are_normalised():
     large, small = 1000 * torch.randn(2, 5, 8), 0.001 * torch.randn(2, 5, 8)
     mean = average([layer_normed(large), layer_normed(1e6 * small)])

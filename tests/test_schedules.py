@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from ssd.errors import UserError
-from ssd.schedules import Cosine, Linear, in_steps, value_at
+from ssd.schedules import Cosine, Exponential, Linear, TriStage, in_steps, value_at
 
 
 def values(schedule, total, steps_per_epoch=1):
@@ -96,3 +96,21 @@ def test_a_truncated_cosine_has_the_published_values():
     assert Cosine(1.0, 0.0, truncate=1.0) == Cosine(1.0, 0.0)
     with pytest.raises(UserError, match="truncate: 0"):
         Cosine(1.0, 0.0, truncate=0.0)
+
+
+def test_three_stages_have_the_published_values():
+    """DinoSR: 12,000 of 400,000 steps up, 188,000 at the peak, then to a hundredth."""
+    rate = TriStage(5e-4, 5e-6, warmup=0.03, warmup_start=5e-6, hold=0.47)
+    at = (0, 6_000, 12_000, 200_000, 300_000, 400_000)
+    found = [rate.value(step, 400_000, 1000) for step in at]
+    assert found == pytest.approx([5e-6, 2.525e-4, 5e-4, 5e-4, 5e-5, 5e-6])
+    assert rate.scaled(2).value(12_000, 400_000, 1000) == pytest.approx(1e-3)
+    with pytest.raises(UserError, match="end above 0"):
+        TriStage(1.0, 0.0)
+
+
+def test_the_momentum_of_spidr_has_its_values_and_ends_at_one():
+    momentum = Exponential(0.999, 1.0, scale="20000 steps")
+    found = [momentum.value(step, 400_000, 1000) for step in (0, 20_000, 100_000)]
+    assert found == pytest.approx([0.999, 0.999632, 0.999993], abs=5e-7)
+    assert momentum.value(184_000, 400_000, 1000) < 1 and momentum.value(184_300, 400_000, 1000) == 1

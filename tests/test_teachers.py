@@ -23,6 +23,18 @@ def test_the_average_is_m_old_plus_one_minus_m_new():
         assert_close(after, 0.9 * before + 0.1 * new)
 
 
+def test_what_is_copied_is_the_students_own_whatever_the_momentum():
+    student = network()
+    teacher = EMA(student, shared=("3.",))
+    old = teacher.network[0].weight.clone()
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn_like(p))
+    teacher.update(student, 0.9)
+    assert torch.equal(teacher.network[3].weight, student[3].weight)
+    assert_close(teacher.network[0].weight, 0.9 * old + 0.1 * student[0].weight)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 1.0])
 def test_momentum_one_is_frozen_and_zero_is_a_copy_to_the_bit(momentum):
     student = network()

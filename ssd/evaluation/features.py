@@ -6,10 +6,15 @@ from typing import Any, NamedTuple
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ssd.batch import network_input
+from ssd.batch import Padded, network_input
 from ssd.distributed import gather_objects, gather_rows
 from ssd.errors import UserError
+from ssd.frames import Frames
+from ssd.spectrogram import log_mel_inside, mel_filters, window_and_hop
+from ssd.views.sound import SoundViews
+from ssd.views.view import Views
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -96,3 +101,30 @@ def gathered(parts: list[Features], device: torch.device | str = "cpu") -> Featu
 def pixels(loader: Iterable[Mapping[str, Tensor]]) -> Features:
     """The pictures themselves as features: what a network has to beat."""
     return extract(lambda picture: picture.flatten(1), loader)
+
+
+def log_mel_statistics(loader: Iterable[Mapping[str, Tensor]], rate_hz: int) -> Features:
+    """Mean and standard deviation over time of each mel band, dB, (B, 2 MELS): what a network over sounds has to beat."""
+    size, hop = window_and_hop(rate_hz)
+    frames, filters = Frames(((size, hop),)), mel_filters(size, rate_hz)
+
+    def statistics(sounds: Padded) -> Tensor:
+        samples = F.pad(sounds.samples, (0, max(0, size - sounds.samples.shape[1])))
+        levels = log_mel_inside(samples, filters, size, hop)  # (B, T, MELS)
+        counts = frames.counts(sounds.valid.sum(1)).clamp_min(1)[:, None, None]
+        share = (torch.arange(levels.shape[1])[:, None] < counts).float()
+        mean = (levels * share).sum(1, keepdim=True) / counts
+        variance = ((levels - mean).square() * share).sum(1, keepdim=True) / counts
+        return torch.cat([mean, variance.sqrt()], dim=2).flatten(1)
+
+    return extract(statistics, loader)  # type: ignore[arg-type]
+
+
+def without_a_network(loader: Iterable[Mapping[str, Tensor]], views: Views) -> Features:
+    """What the samples are worth by themselves, of the kind that these views are of: `pixels` or `log_mel_statistics`."""
+    return log_mel_statistics(loader, views.rate_hz) if isinstance(views, SoundViews) else pixels(loader)
+
+
+def name_without_a_network(views: Views) -> str:
+    """What tables call `without_a_network`."""
+    return "log-mel" if isinstance(views, SoundViews) else "pixels"
