@@ -1,6 +1,6 @@
 """Sounds as a waveform over a log-mel spectrogram, and when each view was taken."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ssd.batch import Batch
+from ssd.frames import Frames
 from ssd.pictures.layout import FAINT, INK, LINE, Colour, font, stacked, with_margin
 from ssd.pictures.sheet import COLOURS
 from ssd.spectrogram import MELS, log_mel
@@ -48,6 +49,7 @@ def sound_sheet(
     originals: Sequence[Tensor],
     places_s: Sequence[dict[str, list[tuple[float, float]]]],
     rate_hz: int,
+    frames: Mapping[str, Frames] | None = None,
 ) -> Image.Image:
     """For each sample the whole sound with the time of every view, then each view as the network gets it, at one scale.
 
@@ -55,6 +57,7 @@ def sound_sheet(
         batch: views (V, B, S) with `valid`; padding is left out.
         originals: whole sounds (S,).
         places_s: of each sample, kind -> start and end of each view, s.
+        frames: kind -> which samples each token sees, of kinds whose masks hide moments; they are shown grey.
     """
     tints = {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(batch.views)}
     longest = max(map(len, originals))
@@ -74,12 +77,27 @@ def sound_sheet(
                 if kind in batch.valid:
                     samples = samples[batch.valid[kind][number, row].cpu()]
                 start, end = places[kind][number]
-                parts += [
-                    line(f"{kind} {number + 1}: {start:.2f} to {end:.2f} s, peak {peak(samples):.2f}", tints[kind]),
-                    sound_picture(samples, rate_hz, max(1, round(len(samples) * scale))),
-                ]
+                title = f"{kind} {number + 1}: {start:.2f} to {end:.2f} s, peak {peak(samples):.2f}"
+                shown = sound_picture(samples, rate_hz, max(1, round(len(samples) * scale)))
+                if frames and kind in frames:
+                    hidden = batch.masks[kind].boolean[number, row]
+                    seen = hidden[: frames[kind].count(len(samples))]
+                    shown = hide_moments(shown, seen, frames[kind], len(samples))
+                    title += f", {int(seen.sum())} of {len(seen)} tokens hidden"
+                parts += [line(title, tints[kind]), shown]
         blocks.append(stacked(parts, gap=3))
     return with_margin(stacked(blocks, gap=24))
+
+
+def hide_moments(picture: Image.Image, hidden: Tensor, frames: Frames, samples: int) -> Image.Image:
+    """Grey over the moments of hidden tokens (T,), each as wide as a hop, around the middle of what it sees."""
+    scale, first = picture.width / samples, (frames.receptive_field - frames.hop) / 2
+    veil = Image.new("L", picture.size, 0)
+    pen = ImageDraw.Draw(veil)
+    for token in hidden.nonzero()[:, 0].tolist():
+        left, right = ((first + place * frames.hop) * scale for place in (token, token + 1))
+        pen.rectangle((round(left), 0, round(right) - 1, picture.height), fill=190)
+    return Image.composite(Image.new("RGB", picture.size, (128, 128, 128)), picture, veil)
 
 
 def line(text: str, colour: Colour = FAINT) -> Image.Image:

@@ -51,7 +51,7 @@ class Run:
     Args:
         numbers: of the last evaluation.
         probes: file that `ssd probe --json` wrote -> its numbers.
-        baselines: row ("pixels", "untrained", "pretrained") -> measure -> result, of the same probe.
+        baselines: row ("pixels" or "log-mel", "untrained", "pretrained") -> measure -> result, of the same probe.
         pictures: kind -> pictures in the order of steps.
         total: steps of the whole run, None where nothing tells.
         seconds: of training, over all sessions; None where nothing tells.
@@ -238,7 +238,7 @@ def baseline_rows(content: Mapping[str, Any]) -> dict[str, dict[str, Result]]:
     rows = (
         found
         if isinstance(found, Mapping)
-        else {name: content.get(name) for name in ("pixels", "untrained", "pretrained")}
+        else {name: content.get(name) for name in ("pixels", "log-mel", "untrained", "pretrained")}
     )
     protocols, spreads = content.get("protocols") or {}, content.get("spread") or {}
     table: dict[str, dict[str, Result]] = {}

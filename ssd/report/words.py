@@ -40,7 +40,7 @@ PROBES = {
     "linear": "a linear probe",
 }
 """In a sentence."""
-ROWS = {"pixels": "raw pixels", "untrained": "untrained network", "pretrained": "pretrained"}
+ROWS = {"pixels": "raw pixels", "log-mel": "log-mel statistics", "untrained": "untrained network", "pretrained": "pretrained"}
 TELLING = ("linear_1pct", "linear_10pct", "knn", "linear")
 """Measures by how much they tell of pretraining: the fewer labels, the more."""
 IMPORTANT = ("knn/top1", "linear/top1", "dense/correspondence", "spectrum/rankme", "loss/total")
@@ -152,7 +152,11 @@ def verdict(run: Run) -> list[str]:
         sentence = f"Its frozen features get *{percent(of.value)}* of held-out samples right by {PROBES[best]}"
         beside = [
             f"*{100 * (of.value - table[row][best].value):+.1f}* points over {words} ({percent(table[row][best].value)})"
-            for row, words in (("pixels", "raw pixels"), ("untrained", "the untrained network"))
+            for row, words in (
+                ("pixels", "raw pixels"),
+                ("log-mel", "log-mel statistics"),
+                ("untrained", "the untrained network"),
+            )
             if best in table.get(row, {})
         ]
         sentences.append(f"{sentence}: {listed(beside)}." if beside else f"{sentence}.")

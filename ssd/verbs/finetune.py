@@ -27,7 +27,7 @@ from ssd.verbs.loading import load_data
 from ssd.verbs.starts import NETWORK, Start, load_start
 from ssd.verbs.study import Place, Result, Study
 from ssd.views.recipes import CropViews, PlainViews
-from ssd.views.view import View
+from ssd.views.view import PictureViews, View
 
 SHARES = (0.01, 0.1, 1.0)
 CROP = 0.35
@@ -279,6 +279,8 @@ def supervised_views(
 ) -> CropViews:
     """Views for labels at the network's own size, with what a checkpoint's views take for the same picture."""
     own = build(about["views"])
+    if not isinstance(own, PictureViews):
+        raise UserError(f"ssd finetune is for pictures, and the network's views are {type(own).__name__}. Use ssd probe.")
     # what a network is given to look at alone says nothing of what shows the same
     same = View(own.size, flip=0.5) if isinstance(own, PlainViews) else own.kinds()["global"][0]
     return CropViews(

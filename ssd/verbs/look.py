@@ -146,7 +146,8 @@ def sounds_of(batch: Batch, loader: Any, data: Any) -> tuple[Image.Image, list[d
                 for kind, table in windows.items()
             }
         )
-    return sound_sheet(batch, originals, spans, rate_hz), spans
+    over_time = {kind: plan.frames for kind, plan in data.masks.items() if plan.frames and len(plan.grid) == 1}
+    return sound_sheet(batch, originals, spans, rate_hz, over_time), spans
 
 
 def options() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from ssd.errors import UserError
 from ssd.evaluation.choice import Choice, choose_for_knn, choose_for_linear
 from ssd.evaluation.dense import dense_number, pixel_patches
 from ssd.evaluation.feature_cache import DTYPES, FeatureTable, feature_table
-from ssd.evaluation.features import Features, extract, pixels
+from ssd.evaluation.features import Features, extract, name_without_a_network, without_a_network
 from ssd.evaluation.lidar import SAMPLES, VIEWS, lidar_number
 from ssd.evaluation.logistic import logistic_predict
 from ssd.evaluation.ood import ood_numbers_of_others
@@ -42,6 +42,7 @@ from ssd.verbs.loading import load_data
 from ssd.verbs.networks import load_network
 from ssd.verbs.patch_probes import attentive_of, segmentation_of
 from ssd.views.recipes import PlainViews
+from ssd.views.sound import SoundViews
 
 OF_THE_NETWORK = ("outputs", "lidar", "dense")
 """Measures that need more than one output's features."""
@@ -93,7 +94,9 @@ def run(argv: list[str]) -> int:
         metavar="FILE",
         help="write which classes the logistic probe takes for which as a picture, and print the pairs confused most",
     )
-    parser.add_argument("--baselines", action="store_true", help="also raw pixels and the untrained network")
+    parser.add_argument(
+        "--baselines", action="store_true", help="also raw pixels (of sounds log-mel statistics) and the untrained network"
+    )
     parser.add_argument(
         "--draws", type=at_least_one, default=20, help="draws of the labelled set of few-label probes; default: 20"
     )
@@ -190,7 +193,8 @@ def run(argv: list[str]) -> int:
         )
         if "dense" in arguments.measures:
             add_dense(report, about, backbone, data, arguments.seed, **settings)
-        out.print(report_table(report, title="beside raw pixels and the untrained network"))
+        title = f"beside {next(iter(report))} and the untrained network"
+        out.print(report_table(report, title=title))
         content["baselines"] = {name: {key: vars(n) for key, n in row.items()} for name, row in report.items()}
     write_json(arguments.json, content)
     return 0
@@ -350,9 +354,9 @@ def outputs_table(table: FeatureTable, choices: Mapping[str, Choice]) -> Table:
 
 
 def lidar_numbers(backbone: Any, data: Any, output: str, **settings: Any) -> list[Number]:
-    """LiDAR of the output, of views as the network learned from; none where they are not known."""
+    """LiDAR of the output, of views as the network learned from; none where they are not known, or are sounds with padding."""
     kinds = data.views.kinds()
-    if isinstance(data.views, PlainViews) or "global" not in kinds or len(data.source) < 2:
+    if isinstance(data.views, PlainViews | SoundViews) or "global" not in kinds or len(data.source) < 2:
         return []
     looks = -(-VIEWS // len(kinds["global"]))
 
@@ -415,13 +419,13 @@ def compare_with_baselines(
     backbone: Any = None,
     **settings: Any,
 ) -> dict[str, dict[str, Number]]:
-    """Rows pixels, untrained and pretrained of the same four numbers, on the same draws of labels; `backbone` is what is
-    built anew where `about` names no method."""
+    """Rows pixels (of sounds log-mel), untrained and pretrained of the same four numbers, on the same draws of labels;
+    `backbone` is what is built anew where `about` names no method."""
     fresh = untrained(about, backbone, seed, settings["device"])
     first, last = features_of(fresh, data, ["knn"], "untrained", **settings)
-    raw = [pixels(loader) for loader in data.test_dataloader()]
+    raw = [without_a_network(loader, data.views) for loader in data.test_dataloader()]
     rows = {
-        "pixels": (raw[0].features, raw[1].features),
+        name_without_a_network(data.views): (raw[0].features, raw[1].features),
         "untrained": (first.features, last.features),
         "pretrained": (bank.features, queries.features),
     }

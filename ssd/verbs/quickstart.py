@@ -13,10 +13,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ssd.cli import run_lightning
+from ssd.data.tones import write_tones
 from ssd.errors import UserError
 from ssd.evaluation.suite import report_table
 from ssd.summary import check_json, console, write_json
-from ssd.verbs.arguments import Parser
+from ssd.verbs.arguments import Parser, config_file, read_config
 from ssd.verbs.export import export_checkpoint
 from ssd.verbs.loading import load_data, load_module
 from ssd.verbs.probe import compare_with_baselines, features_of
@@ -29,19 +30,29 @@ def run(argv: list[str]) -> int:
         prog="ssd quickstart",
         description="Pretrains a small convnet on scikit-learn's digits without labels, compares it with raw pixels and "
         "the untrained network on held-out digits, draws the curve and exports the backbone. About three minutes on two "
-        "CPU cores.",
+        "CPU cores. --config quickstart-speech does so with sounds: those of --data FOLDER, or tones that it makes.",
+        epilog="--data takes other data than the config's, and --data.KEY VALUE its settings, as in ssd fit.",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, views and drawn labels")
     parser.add_argument("--out", default="runs/quickstart", help="folder of the run, replaced if it is there")
     parser.add_argument("--config", default="quickstart", help="config of the run")
     parser.add_argument("--draws", type=int, default=20, help="draws of the labelled set")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too; they are in OUT/summary.json")
-    arguments = parser.parse_args(argv)
+    arguments, chosen = parser.parse_known_args(argv)
+    strange = [word for word in chosen if word.startswith("-") and word.partition("=")[0].partition(".")[0] != "--data"]
+    if strange:
+        raise UserError(f"{strange[0]} is not an option of ssd quickstart. ssd quickstart --help lists them.")
     check_json(arguments.json)
     out = Path(arguments.out)
     if out.exists() and not (out / "config.yaml").exists():
         raise UserError(f"--out {out} exists and is not the folder of an earlier run. Give another folder.")
     shutil.rmtree(out, ignore_errors=True)
+    out_console = console()
+    if not any(word.partition("=")[0] in ("--data", "--data.path") for word in chosen) and lacks_sounds(arguments.config):
+        tones = write_tones(out / "tones")
+        chosen = ["--data.path", str(tones), *chosen]
+        told = f"No sounds were given (--data FOLDER), so these are tones that were made for it, in {tones}."
+        out_console.print(told, markup=False, highlight=False, soft_wrap=True)
 
     started = time.monotonic()
     status = run_lightning(
@@ -53,6 +64,7 @@ def run(argv: list[str]) -> int:
             str(arguments.seed),
             "--trainer.default_root_dir",
             str(out),
+            *chosen,
         ],
     )
     seconds = time.monotonic() - started
@@ -89,8 +101,7 @@ def run(argv: list[str]) -> int:
     write_json(arguments.json, summary)
     columns = ("linear_1pct", "linear_10pct", "linear", "knn")
     table = {row: {column: numbers[column] for column in columns} for row, numbers in report.items()}
-    out_console = console()
-    out_console.print(report_table(table, title="held-out digits, frozen features, %"))
+    out_console.print(report_table(table, title=f"held-out {data.sample_word}s of {type(data).__name__}, frozen features, %"))
     out_console.print(f"{seconds:.0f} s of training, {images / seconds:,.0f} images/s, curve in {curve}")
     out_console.print(f"ssd report {out} makes a page of it", markup=False, highlight=False, soft_wrap=True)
     out_console.print(
@@ -98,6 +109,12 @@ def run(argv: list[str]) -> int:
     )
     out_console.print(export.code, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def lacks_sounds(config: str) -> bool:
+    """Whether a config is for sounds and names none."""
+    data = read_config(config_file(config)).get("data") or {}
+    return data.get("class_path") == "Sound" and "path" not in data.get("init_args", {})
 
 
 def draw_curve(folder: Path) -> Path:

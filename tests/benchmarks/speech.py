@@ -68,11 +68,11 @@ def run(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
             *("--trainer.default_root_dir", str(folder), "--seed_everything", str(seed)),
         )
         seconds = time.process_time() - started
-        result.write_text(json.dumps(judged(folder, seed, arguments.path) | {"seconds": seconds}, indent=1))
+        result.write_text(json.dumps(judged(folder, seed, arguments.path, arguments.draws) | {"seconds": seconds}, indent=1))
     return json.loads(result.read_text())
 
 
-def judged(folder: Path, seed: int, path: str) -> dict[str, Any]:
+def judged(folder: Path, seed: int, path: str, draws: int) -> dict[str, Any]:
     module, about = load_module(folder / "checkpoints" / "last.ckpt")
     torch.manual_seed(seed)
     fresh = build(about["method"]).eval()
@@ -99,7 +99,7 @@ def judged(folder: Path, seed: int, path: str) -> dict[str, Any]:
         ("a speaker never heard", ~stranger & ~customary, stranger),
     ):
         rows = {name: (found.features[bank], found.features[queries]) for name, found in sets.items()}
-        report = few_label_report(rows, labels[bank], labels[queries], draws=5, seed=seed)
+        report = few_label_report(rows, labels[bank], labels[queries], draws=draws, seed=seed)
         scores[split] = {name: {key: number.value for key, number in row.items()} for name, row in report.items()}
     frames = frames_of(everything(), module, fresh)
     return {
@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("path", help="folder of the data set's recordings")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--draws", type=int, default=5, help="of the labelled set of few-label probes")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--out", default="runs/speech")
     arguments = parser.parse_args()
