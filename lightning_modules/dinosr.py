@@ -75,7 +75,7 @@ class DinoSR(SelfDistillation):
         heads: "last": all read the last block (DinoSR); "blocks": each reads the MLP of the block that it names (SpidR, with
             SpeechEncoder.layer_drop 0).
         momentum: of the teacher. From where it is 1 the teacher is frozen, and with it the front end that both share.
-        freeze: from when teacher and front end are frozen in any case, a share of the run or "200000 steps"; 1 = never.
+        freeze_after: when teacher and front end are frozen in any case, a share of the run or "200000 steps"; 1 = never.
     """
 
     student: CodeStudent
@@ -93,7 +93,7 @@ class DinoSR(SelfDistillation):
         revive_after: int | None = None,
         heads: str = "last",
         momentum: float | Schedule = Linear(0.999, 0.9999, until="30000 steps", reaches_end=False),  # noqa: B008
-        freeze: Length = 0.5,
+        freeze_after: Length = 0.5,
         lr: float | Schedule = TriStage(5e-4, 5e-6, warmup_start=5e-6),  # noqa: B008
         lr_rule: str = "none",
         optimizer: OptimizerRule = AdamW(betas=(0.9, 0.98), eps=1e-6),  # noqa: B008
@@ -114,23 +114,25 @@ class DinoSR(SelfDistillation):
             freeze_last_layer=freeze_last_layer,
             **engine,
         )
-        check_backbone(backbone, self.views)
+        backbone = over_time(backbone, self.views)
         if not 1 <= num_codebooks <= backbone.num_blocks:
             raise UserError(
                 f"num_codebooks: {num_codebooks} of {backbone.num_blocks} blocks cannot be. Use 1 to {backbone.num_blocks}."
             )
         if heads not in ("last", "blocks"):
             raise UserError(f"heads: '{heads}' is unknown. Choose 'last' or 'blocks'.")
-        in_steps(freeze, 1, 1)
+        in_steps(freeze_after, 1, 1)
         self.masking = {"global": masks}
         self.momentum = momentum
-        self.freeze = freeze
+        self.freeze_after = freeze_after
         numbers = range(backbone.num_blocks - num_codebooks + 1, backbone.num_blocks + 1)
         self.taps = tuple(f"block{number}.mlp" for number in numbers)
 
         self.codebooks = Codebooks(num_codebooks, num_codes, backbone.embed_dim, codebook_momentum, revive_after)
         if heads == "blocks":
-            backbone.model.transformer.behind_taps.requires_grad_(False)  # it would wait for a gradient that never comes
+            backbone.model.transformer.behind_taps.requires_grad_(
+                False
+            )  # it would wait for a gradient that never comes
         self.student = CodeStudent(backbone, num_codebooks, num_codes, self.taps if heads == "blocks" else ())
         self.teacher = EMA(backbone.model.transformer, buffers="average", shared=("positions.",))
 
@@ -145,7 +147,7 @@ class DinoSR(SelfDistillation):
     @property
     def frozen(self) -> bool:
         """Whether teacher and front end stay still in this step."""
-        over = self.step >= in_steps(self.freeze, self.total_steps, self.steps_per_epoch)
+        over = self.step >= in_steps(self.freeze_after, self.total_steps, self.steps_per_epoch)
         return over or self.value_of(self.momentum, self.step + 1) >= 1
 
     def resting(self) -> Iterable[nn.Parameter]:
@@ -201,15 +203,17 @@ def sounds_of(batch: Batch) -> Padded:
     return Padded(batch.views["global"][0], batch.valid["global"][0])
 
 
-def check_backbone(backbone: Backbone, views: Views) -> None:
-    """Raises UserError for a backbone or views that the method has no use for."""
+def over_time(backbone: Backbone, views: Views) -> Sounds:
+    """The backbone. Raises UserError for one, or for views, that the method has no use for."""
     if not isinstance(backbone, Sounds) or backbone.rows != 1:
         raise UserError(
-            f"DinoSR masks sound over time, and '{backbone.name}' does not answer one token for each moment. Use SpeechEncoder, or "
-            "LogMelEncoder with patches of all its bands."
+            f"DinoSR masks sound over time, and '{backbone.name}' does not answer one token for each moment. Use SpeechEncoder, "
+            "or LogMelEncoder with patches of all its bands."
         )
     if not isinstance(views, SoundViews):
-        raise UserError(f"DinoSR learns from sounds, and its views are {type(views).__name__}. Use the recipe 'utterance'.")
+        raise UserError(
+            f"DinoSR learns from sounds, and its views are {type(views).__name__}. Use the recipe 'utterance'."
+        )
     kinds = {kind: len(found) for kind, found in views.kinds().items()}
     if kinds != {"global": 1}:
         raise UserError(f"views: this recipe gives {kinds}, and DinoSR reads one view of each sound. Use 'utterance'.")
@@ -217,3 +221,4 @@ def check_backbone(backbone: Backbone, views: Views) -> None:
         raise UserError(
             f"views of {views.rate_hz} samples a second and a backbone for {backbone.rate_hz} do not fit. Set both rate_hz alike."
         )
+    return backbone

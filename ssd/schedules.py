@@ -147,7 +147,9 @@ class TriStage(Schedule):
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.end <= self.start:
-            raise UserError(f"a TriStage falls exponentially from {self.start} to {self.end}. Use an end above 0, not above start.")
+            raise UserError(
+                f"a TriStage falls exponentially from {self.start} to {self.end}. Use an end above 0, not above start."
+            )
 
     def _value(self, tick: int, ticks: int, length_in_ticks: Callable[[Length], int]) -> float:
         rise = length_in_ticks(self.warmup)

@@ -37,7 +37,10 @@ def found(settings: object, key: str) -> object:
 
 
 def test_there_is_one_config_for_each_question():
-    assert {name.partition("/")[0] for name in config_names()} == {"data", "method", "scale", "quickstart", "verify"}
+    assert {name.partition("/")[0] for name in config_names()} == {
+        *("data", "method", "scale"),
+        *("quickstart", "quickstart-speech", "verify"),
+    }
 
 
 @pytest.mark.parametrize("name", config_names())
@@ -46,8 +49,8 @@ def test_a_config_parses_with_the_line_it_opens_with_and_nothing_in_it_is_lost(n
     (tmp_path / "FOLDER").mkdir()
     verb, *words = opening(name)
     if verb != "fit":
-        assert name == verb, "what runs a config of a verb of ours is that verb"
-        words = ["--config", name]
+        assert name.partition("-")[0] == verb, "what runs a config of a verb of ours is that verb"
+        words = words or ["--config", name]
     assert name in words, "the line names the config"
     status = main(["fit", *words, "--print_config"])
     said = capsys.readouterr()

@@ -229,6 +229,7 @@ class FrontEnd(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(conv_dim) for _ in layers)
         self.norm = nn.LayerNorm(conv_dim)
         self.project = nn.Linear(conv_dim, dim)
+        conv: Any
         for conv in self.convs:
             nn.init.kaiming_normal_(conv.weight)
         nn.init.normal_(self.project.weight, std=0.02)
@@ -288,6 +289,7 @@ class LogMelEncoder(Sounds):
         )
         front = nn.Linear(self.patch[0] * self.patch[1], embed_dim)
         self.model = nn.ModuleDict({"front": front, "transformer": transformer})
+        self.filters: Tensor
         self.register_buffer("filters", mel_filters(self.window, rate_hz, mels), persistent=False)
         self.attention = self.find_attention()
         self.start_from(weights)

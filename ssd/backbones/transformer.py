@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import Attention, Mlp
@@ -122,9 +123,10 @@ class ConvPositions(nn.Module):
         )
         self.normalised = layers > 1
         if not self.normalised:
-            nn.init.normal_(self.convs[0].weight, std=math.sqrt(4 / (kernel * dim)))
-            nn.init.zeros_(self.convs[0].bias)
-            self.convs[0] = nn.utils.parametrizations.weight_norm(self.convs[0], dim=2)
+            conv: Any = self.convs[0]
+            nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * dim)))
+            nn.init.zeros_(conv.bias)
+            self.convs[0] = nn.utils.parametrizations.weight_norm(conv, dim=2)
 
     def forward(self, frames: Tensor, valid: Tensor | None) -> Tensor:
         length = frames.shape[1]

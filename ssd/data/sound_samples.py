@@ -133,7 +133,9 @@ class CollateSounds:
             total=len(samples) * self.world,
             label=torch.tensor([sample.label for sample in samples]) if self.labelled else None,
             masks={
-                name: masks_of_sounds(plan, valid[name], self.seed, batch.step, number, rank=self.rank, world=self.world)
+                name: masks_of_sounds(
+                    plan, valid[name], self.seed, batch.step, number, rank=self.rank, world=self.world
+                )
                 for number, (name, plan) in enumerate(sorted(self.masks.items()))
             },
         )

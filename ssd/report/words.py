@@ -40,7 +40,12 @@ PROBES = {
     "linear": "a linear probe",
 }
 """In a sentence."""
-ROWS = {"pixels": "raw pixels", "log-mel": "log-mel statistics", "untrained": "untrained network", "pretrained": "pretrained"}
+ROWS = {
+    "pixels": "raw pixels",
+    "log-mel": "log-mel statistics",
+    "untrained": "untrained network",
+    "pretrained": "pretrained",
+}
 TELLING = ("linear_1pct", "linear_10pct", "knn", "linear")
 """Measures by how much they tell of pretraining: the fewer labels, the more."""
 IMPORTANT = ("knn/top1", "linear/top1", "dense/correspondence", "spectrum/rankme", "loss/total")

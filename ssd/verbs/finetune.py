@@ -280,11 +280,13 @@ def supervised_views(
     """Views for labels at the network's own size, with what a checkpoint's views take for the same picture."""
     own = build(about["views"])
     if not isinstance(own, PictureViews):
-        raise UserError(f"ssd finetune is for pictures, and the network's views are {type(own).__name__}. Use ssd probe.")
+        raise UserError(
+            f"ssd finetune is for pictures, and the network's views are {type(own).__name__}. Use ssd probe."
+        )
     # what a network is given to look at alone says nothing of what shows the same
     same = View(own.size, flip=0.5) if isinstance(own, PlainViews) else own.kinds()["global"][0]
     return CropViews(
-        size=own.evaluation_size,
+        size=own.evaluation_lengths[0],
         evaluation_size=own.evaluation_size,
         evaluation_crop=own.evaluation_crop,
         scale=(crop, 1.0),

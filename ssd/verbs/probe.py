@@ -95,7 +95,9 @@ def run(argv: list[str]) -> int:
         help="write which classes the logistic probe takes for which as a picture, and print the pairs confused most",
     )
     parser.add_argument(
-        "--baselines", action="store_true", help="also raw pixels (of sounds log-mel statistics) and the untrained network"
+        "--baselines",
+        action="store_true",
+        help="also raw pixels (of sounds log-mel statistics) and the untrained network",
     )
     parser.add_argument(
         "--draws", type=at_least_one, default=20, help="draws of the labelled set of few-label probes; default: 20"

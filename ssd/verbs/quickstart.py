@@ -48,7 +48,9 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--out {out} exists and is not the folder of an earlier run. Give another folder.")
     shutil.rmtree(out, ignore_errors=True)
     out_console = console()
-    if not any(word.partition("=")[0] in ("--data", "--data.path") for word in chosen) and lacks_sounds(arguments.config):
+    if not any(word.partition("=")[0] in ("--data", "--data.path") for word in chosen) and lacks_sounds(
+        arguments.config
+    ):
         tones = write_tones(out / "tones")
         chosen = ["--data.path", str(tones), *chosen]
         told = f"No sounds were given (--data FOLDER), so these are tones that were made for it, in {tones}."
@@ -101,7 +103,9 @@ def run(argv: list[str]) -> int:
     write_json(arguments.json, summary)
     columns = ("linear_1pct", "linear_10pct", "linear", "knn")
     table = {row: {column: numbers[column] for column in columns} for row, numbers in report.items()}
-    out_console.print(report_table(table, title=f"held-out {data.sample_word}s of {type(data).__name__}, frozen features, %"))
+    out_console.print(
+        report_table(table, title=f"held-out {data.sample_word}s of {type(data).__name__}, frozen features, %")
+    )
     out_console.print(f"{seconds:.0f} s of training, {images / seconds:,.0f} images/s, curve in {curve}")
     out_console.print(f"ssd report {out} makes a page of it", markup=False, highlight=False, soft_wrap=True)
     out_console.print(

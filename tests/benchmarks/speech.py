@@ -28,7 +28,7 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from datamodules.sound import Sound
-from ssd.batch import Padded, network_input
+from ssd.batch import Padded
 from ssd.cli import main as ssd_main
 from ssd.evaluation.features import Features, embedded, extract, log_mel_statistics
 from ssd.evaluation.outputs import output_of
@@ -68,7 +68,9 @@ def run(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
             *("--trainer.default_root_dir", str(folder), "--seed_everything", str(seed)),
         )
         seconds = time.process_time() - started
-        result.write_text(json.dumps(judged(folder, seed, arguments.path, arguments.draws) | {"seconds": seconds}, indent=1))
+        result.write_text(
+            json.dumps(judged(folder, seed, arguments.path, arguments.draws) | {"seconds": seconds}, indent=1)
+        )
     return json.loads(result.read_text())
 
 

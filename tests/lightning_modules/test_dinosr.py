@@ -40,7 +40,7 @@ def tiny(backbone=None, **settings) -> DinoSR:
     torch.manual_seed(0)
     backbone = backbone or network()
     defaults = {"views": VIEWS, "masks": SpanMasks(0.8, 3), "num_codebooks": 2, "num_codes": 8, "lr": 1e-4}
-    return DinoSR(backbone, **defaults | {"momentum": 0.9, "freeze": 1.0} | settings)
+    return DinoSR(backbone, **defaults | {"momentum": 0.9, "freeze_after": 1.0} | settings)
 
 
 def sounds(lengths, seed: int = 0, padded: int | None = None) -> Batch:
@@ -154,7 +154,7 @@ def test_each_masked_frame_of_the_step_counts_the_same():
         def forward(self, heard, hidden=None, places=None):
             if hidden is None:
                 return module_student(heard)
-            row = int(round(float(heard.valid.sum() > 2000)))
+            row = int(heard.valid.sum() > 2000)
             logits = torch.zeros(len(places), 2, 8)
             # the cost of code c where all others are equal: log(7 + e^-x) + x, solved for what is wanted
             right = torch.nn.functional.one_hot(targets_codes[row], 8)
@@ -194,7 +194,13 @@ def test_looking_changes_no_code():
     module.begin(4, 2)
     targets_and_loss(module, batch)
     module.validation_step(
-        {"sample": batch.views["global"][0], "valid": batch.valid["global"][0], "label": batch.index, "index": batch.index}, 0
+        {
+            "sample": batch.views["global"][0],
+            "valid": batch.valid["global"][0],
+            "label": batch.index,
+            "index": batch.index,
+        },
+        0,
     )
     assert all(torch.equal(before[name], value) for name, value in flat_state(module).items())
 
@@ -212,7 +218,7 @@ def test_positions_of_the_teacher_are_copied_and_the_rest_is_averaged():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"freeze": 0.25}, {"momentum": Exponential(0.9, 1.0, scale="1 steps", reached=0.02)}]
+    "settings", [{"freeze_after": 0.25}, {"momentum": Exponential(0.9, 1.0, scale="1 steps", reached=0.02)}]
 )
 def test_what_is_frozen_moves_by_no_bit_and_the_rest_goes_on(settings):
     """Weight decay moves what has no gradient, and moments what had one."""
@@ -238,7 +244,7 @@ def test_what_is_frozen_moves_by_no_bit_and_the_rest_goes_on(settings):
 
 
 def test_published_momentum_at_the_counts_of_the_paper():
-    module = tiny(momentum=Linear(0.999, 0.9999, until="30000 steps", reaches_end=False), freeze="200000 steps")
+    module = tiny(momentum=Linear(0.999, 0.9999, until="30000 steps", reaches_end=False), freeze_after="200000 steps")
     module.begin(400_000, 1000)
     assert [module.value_of(module.momentum, j) for j in (0, 15_000, 30_000)] == pytest.approx([0.999, 0.99945, 0.9999])
     # the update behind step j - 1 is the one with count j
@@ -300,7 +306,7 @@ def test_cropped_to_the_shortest_all_hide_as_many_frames():
         ({"num_codes": 0}, "Use 1 or more"),
         ({"codebook_momentum": 1.0}, "codebook_momentum"),
         ({"revive_after": 0}, "Use null"),
-        ({"freeze": 1.5}, "share of the run"),
+        ({"freeze_after": 1.5}, "share of the run"),
         ({"views": "dino"}, "Use the recipe 'utterance'"),
         ({"views": "speech"}, "one view of each sound"),
         ({"views": "utterance"}, "Set both rate_hz alike"),
