@@ -50,7 +50,7 @@ def test_a_config_parses_with_the_line_it_opens_with_and_nothing_in_it_is_lost(n
     verb, *words = opening(name)
     if verb != "fit":
         assert name.partition("-")[0] == verb, "what runs a config of a verb of ours is that verb"
-        words = words or ["--config", name]
+        words = words if name in words else ["--config", name]
     assert name in words, "the line names the config"
     status = main(["fit", *words, "--print_config"])
     said = capsys.readouterr()

@@ -1,6 +1,7 @@
 """Loaders of sounds: the same batches however they are loaded, padding told from sound, labels from names."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -258,3 +259,29 @@ def test_the_spoken_digits_are_divided_as_is_customary(real_data):
     data.prepare(SoundViews(rate_hz=16_000, global_length_s=1.0, local_count=0))
     batch = next(iter(data.train_dataloader()))
     assert batch.views["global"].shape == (2, 64, 16_000) and len(data._training.broken) == 0
+
+
+# ---------------------------------------------------------------- equal lengths
+
+
+def test_cropped_to_the_shortest_nothing_is_padding(folder):
+    views = replace(WHOLE, crop_to_shortest=True)
+    padded = batches(Sound(folder, batch_size=6, num_workers=0), WHOLE)
+    cropped = batches(Sound(folder, batch_size=6, num_workers=0), views)
+    assert any(not batch.valid["global"].all() for batch in padded)
+    for whole, cut in zip(padded, cropped, strict=True):
+        assert torch.equal(whole.index, cut.index) and cut.valid["global"].all()
+        shortest = int(whole.valid["global"].sum(-1).min())
+        assert cut.views["global"].shape[-1] == shortest
+        for long, short in zip(whole.views["global"][0], cut.views["global"][0]):
+            assert (long.unfold(0, shortest, 1) == short).all(1).any(), "a part of the sound"
+
+
+def test_sounds_below_the_shortest_are_left_out_of_training_and_said(folder):
+    (folder / "1_bob_9.wav").write_bytes(wav_bytes(sine(440, 8000, seconds=0.01)))
+    with pytest.warns(UserWarning, match="1 of .* sounds are shorter than 0.05 s"):
+        data = Sound(folder, batch_size=2, num_workers=0, shortest_s=0.05, labels=False)
+        kept = names(data.source)
+    assert "1_bob_9.wav" not in kept and len(kept) == len(data.everything) - 1
+    with pytest.raises(UserError, match="every sound is shorter"):
+        _ = Sound(folder, shortest_s=100.0, labels=False).source

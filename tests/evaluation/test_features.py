@@ -5,10 +5,11 @@ import textwrap
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ssd.errors import UserError
-from ssd.evaluation.features import Features, extract, gathered, pixels
+from ssd.evaluation.features import Features, extract, gathered, log_mel_statistics, pixels
 
 
 def batches(number, size, seed=0):
@@ -91,3 +92,16 @@ def test_two_processes_with_unequal_shares_have_the_features_of_one(tmp_path):
         features, labels, places = torch.load(tmp_path / f"out{rank}", weights_only=True)
         assert torch.equal(places, index) and torch.equal(labels, 10 * index)
         assert torch.equal(features, index[:, None] * torch.ones(1, 3))
+
+
+def test_log_mel_statistics_are_of_the_sound_and_not_of_its_padding():
+    sound = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(1, 1000, dtype=torch.bool)
+    about = {"label": torch.tensor([3]), "index": torch.tensor([0])}
+    padded = {"sample": F.pad(sound, (0, 700)), "valid": F.pad(valid, (0, 700))}
+    alone = log_mel_statistics([{"sample": sound, "valid": valid} | about], 8000)
+    beside = log_mel_statistics([padded | about], 8000)
+    assert alone.features.shape == (1, 128) and alone.labels.tolist() == [3]
+    assert torch.allclose(alone.features, beside.features, atol=1e-4)
+    louder = log_mel_statistics([{"sample": 10 * sound, "valid": valid} | about], 8000)
+    assert torch.allclose(louder.features - alone.features, torch.tensor([20.0] * 64 + [0.0] * 64), atol=0.01)
