@@ -1,6 +1,6 @@
 """A vision transformer with rotary positions that timm has not: CAPI's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -156,11 +156,14 @@ class RotaryViT(Backbone):
         visible: Tensor | None = None,
         taps: Sequence[int | str] = (),
         until: int | None = None,
+        keep: Mapping[int, int] | None = None,
     ) -> Tokens:
         """As `Backbone.forward`. Taps are whole sequences (B, num_prefix + N, D) before the final norm;
         what is answered went through the final norm, also after an early stop."""
         self.check_input(x)
         self.use_fitting_attention(x)
+        if keep:
+            raise UserError(f"'{self.name}' drops no patches between blocks. Use a ViT, or keep them all.")
         if masked is not None:
             raise UserError(f"'{self.name}' has no mask token to put in place of patches. Give the `visible` ones.")
         last = self.num_blocks if until is None else until

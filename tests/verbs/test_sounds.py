@@ -1,7 +1,6 @@
 """What our verbs make of a run on sounds: the same numbers beside log-mel statistics, or one clear sentence."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
