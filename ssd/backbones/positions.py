@@ -1,5 +1,6 @@
 """Positions that are computed, not learned."""
 
+import math
 from functools import lru_cache
 
 import torch
@@ -27,3 +28,14 @@ def sincos_positions(grid: tuple[int, ...], dim: int, base: float = 10_000.0) ->
         parts += [angle.sin(), angle.cos()]
     positions = torch.cat(parts, dim=1)
     return F.pad(positions, (0, dim - positions.shape[1])).float()
+
+
+@lru_cache(maxsize=32)
+def flat_positions(grid: tuple[int, ...], dim: int, base: float = 10_000.0) -> Tensor:
+    """Fixed positions (N, dim) by the place i in the flattened sequence alone: sin(i w_k) and cos(i w_k) in turn with
+    w_k = base^(-2 k / dim). Vaswani et al. 2017, section 3.5; of clips Tong et al. 2022."""
+    if dim % 2:
+        raise UserError(f"positions: 'flat' needs an even width, not {dim}. Use 'sincos'.")
+    frequencies = base ** (-torch.arange(dim // 2, dtype=torch.float64) * 2 / dim)
+    angle = torch.arange(math.prod(grid), dtype=torch.float64)[:, None] * frequencies
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
