@@ -452,30 +452,34 @@ def check_trainer(trainer: Any) -> None:
         raise UserError("trainer.barebones: true would run without logs and evaluation. Use ssd without it.")
 
 
+TAKEN = {1: "sounds", 2: "pictures", 3: "clips"}
+"""What a backbone of so many axes takes."""
+
+
 def check_view_sizes(model: Any) -> None:
     """Raises UserError for views that the backbone does not take, or that a transformer's patches do not divide, which
     would be padded in every step."""
-    from ssd.backbones.convnet import ConvNet
+    from ssd.backbones.video import VideoViT
     from ssd.backbones.vit import ViT
     from ssd.teachers import Preprocessed
-    from ssd.views.clips import ClipViews
     from ssd.views.view import PictureViews
 
-    if isinstance(model.views, ClipViews) or not isinstance(model.views, PictureViews):
-        for name, part in model.named_modules():
-            if isinstance(part, ViT | ConvNet):
-                raise UserError(
-                    f"the views are {type(model.views).__name__} and {type(part).__name__} ({name}) takes pictures. Use views "
-                    "of pictures, or a backbone for such views."
-                )
+    backbone = model.evaluated_backbone
+    lengths = next(iter(model.views.kinds().values()))[0].lengths
+    if (1 if lengths is None else len(lengths)) != backbone.axes:  # of whole sounds it is not known
+        raise UserError(
+            f"the views are {type(model.views).__name__} and {type(backbone).__name__} takes {TAKEN[backbone.axes]}. Use views "
+            f"of {TAKEN[backbone.axes]}, or a backbone for such views."
+        )
+    if not isinstance(model.views, PictureViews):
         return
     resized = {id(part.backbone) for part in model.modules() if isinstance(part, Preprocessed)}
     for name, part in model.named_modules():
-        if not isinstance(part, ViT) or id(part) in resized:
+        if not isinstance(part, ViT | VideoViT) or id(part) in resized:
             continue
         for kind, views in model.views.kinds().items():
             size = views[0].size
-            wrong = [patch for patch in part.patch if size % patch]
+            wrong = [patch for patch in part.patch[-2:] if size % patch]
             if wrong:
                 patch = wrong[0]
                 fitting = [size // patch * patch, size // patch * patch + patch]

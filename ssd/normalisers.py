@@ -47,6 +47,16 @@ def instance_normed(features: Tensor, eps: float = 1e-5, valid: Tensor | None = 
     return centred / (variance + eps).sqrt()
 
 
+def standardised_over_patches(features: Tensor, eps: float = 1e-6) -> Tensor:
+    """Each channel of each sample (B, N, D) at mean 0 and *unbiased* deviation 1 over the N patches, (t - mean) /
+    (std_{N - 1} + eps): what SCD compares with prototypes (Mishra et al. 2025)."""
+    if features.shape[1] < 2:
+        raise ValueError(f"a deviation over {features.shape[1]} patch says nothing: two or more are needed")
+    exact = features.float()
+    deviation, mean = torch.std_mean(exact, dim=1, keepdim=True)
+    return (exact - mean) / (deviation + eps)
+
+
 def average(layers: Sequence[Tensor]) -> Tensor:
     """Mean of the same tokens in several layers, each (B, N, D) and normalised before: a few channels of a residual stream
     are so large that they would be all that a plain mean shows."""

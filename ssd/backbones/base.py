@@ -60,6 +60,8 @@ class Backbone(Recorded, nn.Module):
     """Whether `model` is timm's own; else what is exported is rebuilt by this library."""
     frames: Frames | None = None
     """Of a network over sound, how many tokens a sound gives over time."""
+    axes: ClassVar[int] = 2
+    """Of the inputs that tokens are laid over: 2 of pictures, 3 of clips with time first, 1 of sounds."""
     model: Any
     attention: tuple[Any, ...]
     started_from: str | None = None

@@ -57,6 +57,7 @@ class VideoViT(Backbone):
 
     can = frozenset({"masked", "visible", "taps", "until"})
     of_timm: ClassVar[bool] = False
+    axes: ClassVar[int] = 3
 
     def __init__(
         self,

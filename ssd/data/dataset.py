@@ -99,7 +99,7 @@ class Collate:
         colours: "float": photometry is applied here and the views come out float32 and normalised; "levels": it is
             applied and they come out uint8, to be normalised elsewhere; "none": uint8 with their photometry beside.
         normalisation: mean and standard deviation of each channel, for "float"; the batch says them in any case.
-        masks: name -> what is masked, drawn for the step and no other: the same whoever draws it.
+        masks: name, mostly of the kind of view -> what is masked, drawn for the step and no other: the same whoever draws it.
         seed: of masks.
         rank, world: which part of the step's samples this is.
     """
@@ -133,7 +133,7 @@ class Collate:
                     *(self.seed, samples.step, number),
                     rank=self.rank,
                     world=self.world,
-                    side=samples.views[name].shape[-1],
+                    side=samples.views[name].shape[-1] if name in samples.views else None,
                 )
                 for number, (name, plan) in enumerate(sorted(self.masks.items()))
             },

@@ -276,6 +276,17 @@ RECIPES: dict[str, Views] = {
     "pcd": DINOViews(global_scale=(0.08, 1.0), local_count=0),
     "supervised": CropViews(scale=(0.35, 1.0)),
     "clip": ClipViews(),
+    # one view, as the data is: what masks alone make different
+    "clip_crop": ClipViews(
+        global_count=1,
+        global_scale=(0.44, 1.0),
+        local_count=0,
+        flip=0.0,
+        jitter_prob=0.0,
+        grey_prob=0.0,
+        blur_prob=(0.0, 0.0),
+        evaluation_crop=1.0,
+    ),
     "speech": SoundViews(),
     "utterance": SoundViews(
         global_count=1, global_length_s=None, local_count=0, gain_db=(0.0, 0.0), noise_prob=0.0, normalize=True
