@@ -99,8 +99,8 @@ def gathered(parts: list[Features], device: torch.device | str = "cpu") -> Featu
 
 
 def pixels(loader: Iterable[Mapping[str, Tensor]]) -> Features:
-    """The pictures themselves as features: what a network has to beat."""
-    return extract(lambda picture: picture.flatten(1), loader)
+    """The pictures themselves as features, of clips the mean of their frames: what a network has to beat."""
+    return extract(lambda seen: (seen.mean(2) if seen.ndim == 5 else seen).flatten(1), loader)
 
 
 def log_mel_statistics(loader: Iterable[Mapping[str, Tensor]], rate_hz: int) -> Features:

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from ssd.batch import Batch
 from ssd.pictures.layout import FAINT, LINE, Colour, font, stacked, with_margin
-from ssd.pictures.sheet import COLOURS, colours_of, denormalised, fitted, with_boxes
+from ssd.pictures.sheet import COLOURS, colours_of, denormalised, fitted, with_boxes, with_masked
 from ssd.views.clips import ClipBox
 
 APART = 2  # px between frames
@@ -21,26 +21,38 @@ def clip_sheet(
     mean: Sequence[float],
     std: Sequence[float],
     cell: int = 96,
+    slots: int = 0,
 ) -> Image.Image:
     """For each sample the clip with the crop and the time of every view, then a strip of each view's frames.
 
     Args:
-        batch: views (V, B, C, T, h, w), normalised, with boxes (V, B, 7).
+        batch: views (V, B, C, T, h, w), normalised, with boxes (V, B, 7); what the first of its masks hides of a view is greyed
+            out.
         originals: of each sample some frames (n, H, W, C) uint8 that boxes refer to, and their times (n,), s.
         durations_s: of the whole clips.
         mean, std: of each channel in [0, 1], to be undone.
         cell: side of a frame on the sheet, px.
+        slots: times that the tokens of a masked view are of.
     """
     tints = {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(batch.views)}
     blocks = []
-    for row, ((frames, seconds), duration_s) in enumerate(zip(originals, durations_s, strict=True)):
+    for row, ((originally, seconds), duration_s) in enumerate(zip(originals, durations_s, strict=True)):
         boxes = {kind: table[:, row].tolist() for kind, table in batch.boxes.items()}
-        shown = [with_boxes(frame, at(boxes, time), tints, None, cell) for frame, time in zip(frames, seconds.tolist())]
+        shown = [
+            with_boxes(frame, at(boxes, time), tints, None, cell) for frame, time in zip(originally, seconds.tolist())
+        ]
         whole = filmstrip(shown, f"clip of {duration_s:.2f} s, with the crops of the views that show it at the time")
         strips = [whole, timeline(boxes, tints, duration_s, whole.width)]
         for kind, views in batch.views.items():
             for number, view in enumerate(views[:, row]):
-                pictures = [fitted(colours_of(denormalised(frame, mean, std)), cell) for frame in view.transpose(0, 1)]
+                frames = [colours_of(denormalised(frame, mean, std)) for frame in view.transpose(0, 1)]
+                masks = batch.masks.get(kind)
+                if masks is not None:
+                    hidden = masks.boolean[number, row].unflatten(0, (slots, -1))  # (t, h w)
+                    frames = [
+                        with_masked(frame, hidden[place * slots // len(frames)]) for place, frame in enumerate(frames)
+                    ]
+                pictures = [fitted(frame, cell) for frame in frames]
                 box = boxes[kind][number]
                 flipped = ", mirrored" if box[ClipBox.FLIP] else ""
                 span = f"{box[ClipBox.START_S]:.2f} to {box[ClipBox.END_S]:.2f} s"

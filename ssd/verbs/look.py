@@ -129,7 +129,8 @@ def clips_of(batch: Batch, dataset: TrainingClips, data: Any, cell: int) -> Imag
         timeline, shown, frames = dataset.clips.read(index, lambda timeline: np.array(evenly(STRIP, len(timeline))))
         originals.append((frames, timeline.seconds[shown]))
         durations_s.append(timeline.duration_s)
-    return clip_sheet(batch, originals, durations_s, data.mean, data.std, cell)
+    slots = data.masks["global"].grid[0] if "global" in data.masks else 0
+    return clip_sheet(batch, originals, durations_s, data.mean, data.std, cell, slots)
 
 
 def sounds_of(batch: Batch, loader: Any, data: Any) -> tuple[Image.Image, list[dict[str, list[tuple[float, float]]]]]:

@@ -1,4 +1,4 @@
-"""`ssd quickstart`: from nothing to a pretrained backbone and an honest number, on the bundled digits."""
+"""`ssd quickstart`: from nothing to a pretrained backbone and an honest number, on the bundled digits, or on sounds or clips."""
 
 import csv
 import json
@@ -13,16 +13,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ssd.cli import run_lightning
+from ssd.data.moving_shapes import write_moving_shapes
 from ssd.data.tones import write_tones
 from ssd.errors import UserError
 from ssd.evaluation.suite import report_table
 from ssd.summary import check_json, console, write_json
 from ssd.verbs.arguments import Parser, config_file, read_config
-from ssd.verbs.export import export_checkpoint
+from ssd.verbs.export import data_named, export_checkpoint
 from ssd.verbs.loading import load_data, load_module
 from ssd.verbs.probe import compare_with_baselines, features_of
 
 COLUMNS = ("knn", "linear", "linear_1pct", "linear_10pct")
+MADE = {"Sound": ("sounds", "tones", write_tones), "Clips": ("clips", "clips of moving shapes", write_moving_shapes)}
+"""Class of data -> what it is called, and what is made where a config names none: what that is, and what writes it."""
 
 
 def run(argv: list[str]) -> int:
@@ -30,12 +33,15 @@ def run(argv: list[str]) -> int:
         prog="ssd quickstart",
         description="Pretrains a small convnet on scikit-learn's digits without labels, compares it with raw pixels and "
         "the untrained network on held-out digits, draws the curve and exports the backbone. About three minutes on two "
-        "CPU cores. --config quickstart-speech does so with sounds: those of --data FOLDER, or tones that it makes.",
+        "CPU cores. --config quickstart-speech does so with sounds and --config quickstart-video with clips: those of --data "
+        "FOLDER, or tones and moving shapes that it makes.",
         epilog="--data takes other data than the config's, and --data.KEY VALUE its settings, as in ssd fit.",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, views and drawn labels")
     parser.add_argument("--out", default="runs/quickstart", help="folder of the run, replaced if it is there")
-    parser.add_argument("--config", default="quickstart", help="config of the run")
+    parser.add_argument(
+        "--config", default="quickstart", help="of the run: quickstart (default), quickstart-speech or quickstart-video"
+    )
     parser.add_argument("--draws", type=int, default=20, help="draws of the labelled set")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too; they are in OUT/summary.json")
     arguments, chosen = parser.parse_known_args(argv)
@@ -48,12 +54,12 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--out {out} exists and is not the folder of an earlier run. Give another folder.")
     shutil.rmtree(out, ignore_errors=True)
     out_console = console()
-    if not any(word.partition("=")[0] in ("--data", "--data.path") for word in chosen) and lacks_sounds(
-        arguments.config
-    ):
-        tones = write_tones(out / "tones")
-        chosen = ["--data.path", str(tones), *chosen]
-        told = f"No sounds were given (--data FOLDER), so these are tones that were made for it, in {tones}."
+    lacking = lacking_data(arguments.config)
+    if lacking is not None and not any(word.partition("=")[0] in ("--data", "--data.path") for word in chosen):
+        asked, made, write = MADE[lacking]
+        folder = write(out / "made", seed=arguments.seed)
+        chosen = ["--data.path", str(folder), *chosen]
+        told = f"No {asked} were given (--data FOLDER), so these are {made} that were made for it, in {folder}."
         out_console.print(told, markup=False, highlight=False, soft_wrap=True)
 
     started = time.monotonic()
@@ -95,6 +101,7 @@ def run(argv: list[str]) -> int:
         "seconds": round(seconds, 1),
         "images_per_second": round(images / seconds, 1),
         "seed": arguments.seed,
+        "data": data_named(data.record()),
         "export": export.folder,
         "curve": str(curve),
         "findings": of_fit["findings"],
@@ -106,7 +113,8 @@ def run(argv: list[str]) -> int:
     out_console.print(
         report_table(table, title=f"held-out {data.sample_word}s of {type(data).__name__}, frozen features, %")
     )
-    out_console.print(f"{seconds:.0f} s of training, {images / seconds:,.0f} images/s, curve in {curve}")
+    word = {"picture": "image"}.get(data.sample_word, data.sample_word)
+    out_console.print(f"{seconds:.0f} s of training, {images / seconds:,.0f} {word}s/s, curve in {curve}")
     out_console.print(f"ssd report {out} makes a page of it", markup=False, highlight=False, soft_wrap=True)
     out_console.print(
         f"The backbone lies in {export.folder} and differs by {export.difference:.1g} after reloading. Load it with"
@@ -115,10 +123,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def lacks_sounds(config: str) -> bool:
-    """Whether a config is for sounds and names none."""
+def lacking_data(config: str) -> str | None:
+    """The class of data that a config is for where it names none of its own, of those that can be made."""
     data = read_config(config_file(config)).get("data") or {}
-    return data.get("class_path") == "Sound" and "path" not in data.get("init_args", {})
+    kind = str(data.get("class_path")).rpartition(".")[2]
+    return kind if kind in MADE and "path" not in data.get("init_args", {}) else None
 
 
 def draw_curve(folder: Path) -> Path:
