@@ -5,6 +5,8 @@ He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 
 Departs from the published code: nothing.
 """
 
+import math
+
 from torch import Tensor
 
 from lightning_modules.base import SelfDistillation
@@ -17,9 +19,9 @@ from ssd.masked_branch import (
     MaskedBranch,
     has_cls,
     mean_over_hidden,
+    patch_of,
     pixel_targets,
     require_exact,
-    square_patch,
     visible_places,
 )
 from ssd.masking.recipes import Masking, RandomMasks
@@ -33,7 +35,8 @@ class MAE(SelfDistillation):
     """MAE (He et al. 2022). There is no teacher: what is predicted are the pixels.
 
     Args:
-        backbone: a ViT; published are fixed positions (ViT.fixed_positions).
+        backbone: a ViT; published are fixed positions (ViT.fixed_positions). A VideoViT for clips, with masks that are
+            tubes (Tong et al. 2022, arXiv 2203.12602; RandomMasks with ratio 0.9 and tube).
         views: recipe with one "global" view or more, each predicted by itself.
         masks: how patches are hidden, the same number in each sample.
         normalize_pixels: predict each patch's pixels at mean 0 and variance 1, which is better for classification; the
@@ -76,11 +79,11 @@ class MAE(SelfDistillation):
         require_exact(masks)
         self.masking = {"global": masks}
         self.normalize_pixels = normalize_pixels
-        self.patch = square_patch(backbone)
+        self.patch = patch_of(backbone)
 
         decoder = MaskedDecoder(
             backbone.embed_dim,
-            self.patch**2 * backbone.in_chans,
+            math.prod(self.patch) * backbone.in_chans,
             dim=decoder_dim,
             depth=decoder_depth,
             num_heads=decoder_heads,

@@ -1,6 +1,6 @@
 """An encoder of visible patches with a decoder or predictor behind it: what masked regression and prediction train."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd.backbones.base import Backbone
+from ssd.backbones.video import VideoViT
 from ssd.batch import Masks, Scores, Tokens
 from ssd.decoders import ConvDecoder, MaskedDecoder
 from ssd.errors import UserError
@@ -138,8 +139,17 @@ def square_patch(backbone: Backbone) -> int:
     return backbone.patch_size
 
 
-def pixel_targets(pictures: Tensor, patch: int, normalize: bool) -> Tensor:
-    """Pixels of each patch, each patch at mean 0 and variance 1 with `normalize`. (V, B, C, H, W) -> (V, B, N, p p C)"""
+def patch_of(backbone: Backbone) -> tuple[int, ...]:
+    """Lengths of a patch along each axis: (rows, columns), of clips (frames, rows, columns)."""
+    if isinstance(backbone, VideoViT):
+        return backbone.patch
+    side = square_patch(backbone)
+    return side, side
+
+
+def pixel_targets(pictures: Tensor, patch: int | Sequence[int], normalize: bool) -> Tensor:
+    """Pixels of each patch, each patch at mean 0 and variance 1 with `normalize`. (V, B, C, H, W) -> (V, B, N, p p C), of
+    clips (V, B, C, T, H, W) -> (V, B, N, t p p C)."""
     pixels = patchified(pictures.flatten(0, 1).float(), patch)
     return (standardised(pixels) if normalize else pixels).unflatten(0, pictures.shape[:2])
 

@@ -1,5 +1,6 @@
 """What is done to features or pixels before a student regresses them. Pure functions, in float32."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -63,12 +64,16 @@ def average(layers: Sequence[Tensor]) -> Tensor:
     return torch.stack(tuple(layers)).mean(0)
 
 
-def patchified(pictures: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, p p C): patches row by row, the pixels of each row by row, channels last."""
-    batch, channels, height, width = pictures.shape
-    rows, columns = height // patch, width // patch
-    cut = pictures.reshape(batch, channels, rows, patch, columns, patch)
-    return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch * patch * channels)
+def patchified(samples: Tensor, patch: int | Sequence[int]) -> Tensor:
+    """Pictures (B, C, H, W) -> (B, N, p p C), clips (B, C, T, H, W) -> (B, N, t p p C): patches, or tubes, row-major, the
+    pixels of each likewise, channels last. `patch` is the side of squares, or the lengths along each axis."""
+    batch, channels, *lengths = samples.shape
+    sides = [patch] * len(lengths) if isinstance(patch, int) else list(patch)
+    axes = len(lengths)
+    grid = [length // side for length, side in zip(lengths, sides, strict=True)]
+    cut = samples.reshape(batch, channels, *(number for pair in zip(grid, sides) for number in pair))
+    cut = cut.permute(0, *range(2, 2 + 2 * axes, 2), *range(3, 3 + 2 * axes, 2), 1)
+    return cut.reshape(batch, math.prod(grid), math.prod(sides) * channels)
 
 
 def unpatchified(patches: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
