@@ -39,7 +39,7 @@ def found(settings: object, key: str) -> object:
 def test_there_is_one_config_for_each_question():
     assert {name.partition("/")[0] for name in config_names()} == {
         *("data", "method", "scale"),
-        *("quickstart", "quickstart-speech", "verify"),
+        *("quickstart", "quickstart-speech", "quickstart-video", "verify"),
     }
 
 

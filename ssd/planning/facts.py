@@ -55,7 +55,7 @@ class ViewFacts:
         count: of each sample.
         size: side, px; the largest where it changes from step to step.
         smallest_side_px: of the smallest crop, in pixels of the data's own pictures; None where that is not known.
-        grid: rows and columns of patches.
+        grid: rows and columns of patches, of clips the times before them.
         tokens: of all views of a step, with class token and registers; the mean where sizes change.
         sizes: all that steps have.
     """
@@ -270,7 +270,11 @@ def facts_of(module: Any, data: Any, *, processes: int, max_epochs: int | None, 
         sinkhorn=any(isinstance(part, Sinkhorn) for part in module.modules()),
         teacher_follows=module.teacher.follows,
         views=views_of(module, backbone, batch * processes, side, data.seed),
-        masked={kind: masked_by(plan) for kind, plan in module.mask_plans().items() if plan.frames is None},
+        masked={
+            kind: masked_by(plan)
+            for kind, plan in module.mask_plans().items()
+            if kind in module.masking and plan.frames is None
+        },
         koleo_group=module.koleo_group if getattr(module, "koleo_weight", 0) != 0 else None,
         patch_loss=hasattr(module, "ibot_weight"),
         patches_px=max(patch) if isinstance(patch, tuple) else patch,
@@ -334,8 +338,9 @@ def views_of(module: Any, backbone: Backbone, batch: int, side: float | None, se
         size, view = max(sizes), first[0]
         smallest = None if side is None else side * math.sqrt(min(view.scale[0] for view in first))
         low, high = view.scale
-        tokens = [len(first) * batch * (math.prod(backbone.grid(px, px)) + prefix) for px in sizes]
-        grid = backbone.grid(size, size)
+        before = view.lengths[:-2]  # frames of a clip
+        tokens = [len(first) * batch * (math.prod(backbone.grid(*before, px, px)) + prefix) for px in sizes]
+        grid = backbone.grid(*before, size, size)
         mean = round(sum(tokens) / len(tokens))
         found[kind] = ViewFacts(len(first), size, (low, high), smallest, grid, mean, tuple(sorted(set(sizes))))
     return found

@@ -146,12 +146,12 @@ def local_grid(facts: Facts) -> float | None:
     """Patches along the side of a local view."""
     if facts.patches_px is None or "local" not in facts.views:
         return None
-    return min(facts.views["local"].grid)
+    return min(facts.views["local"].grid[-2:])
 
 
 def masked_grid(facts: Facts) -> float | None:
     """Patches along the side of a view that is masked."""
-    return min((min(facts.views[kind].grid) for kind in facts.masked), default=None)
+    return min((min(facts.views[kind].grid[-2:]) for kind in facts.masked), default=None)
 
 
 def fewest_masked(facts: Facts) -> float | None:

@@ -43,12 +43,12 @@ LOOKED_AT = 5  # frames of a clip that its median is taken of
 
 NETWORK = {
     "name": "vit_tiny_patch16_224",
-    "img_size": 48,
-    "arguments": {"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3},
+    "img_size": 32,
+    "arguments": {"patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3},
 }
 VIEWS = {
     "global_count": 1,
-    "global_size": 48,
+    "global_size": 32,
     "global_frames": 8,
     "global_fps": 4.0,
     "local_count": 0,
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", default="runs/clips")
     arguments = parser.parse_args()
     arguments.out = os.path.abspath(arguments.out)
