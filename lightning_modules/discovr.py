@@ -272,7 +272,7 @@ class DISCOVR(SelfDistillation):
         }
 
     def cluster_loss(self, tokens: Tensor, prototypes: Tensor, targets: Targets) -> Tensor:
-        """The sum over samples of both terms of SCD, each the mean over a sample's tokens. Mishra et al. 2025, section 3.3."""
+        """The sum over samples of both terms of SCD, each the mean over a sample's tokens. Mishra et al. 2025."""
 
         def term(features: Tensor, taught: Tensor, assigned: Tensor) -> Tensor:
             scores = Scores(features.flatten(0, 1), taught)

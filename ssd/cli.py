@@ -210,7 +210,9 @@ def user_error(error: BaseException, verb: str) -> UserError | None:
     if isinstance(error, MisconfigurationException):
         return UserError(f"{error} ssd {verb} --help lists the settings of the trainer.")
     cause: BaseException | None = error
-    while cause is not None:
+    seen: list[BaseException] = []
+    while cause is not None and not any(cause is before for before in seen):  # causes and contexts may form a ring
+        seen.append(cause)
         # the parser wraps what a class raised while it was built
         if isinstance(cause, UserError):
             return cause

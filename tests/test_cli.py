@@ -12,7 +12,8 @@ from PIL import Image
 
 from lightning_modules.base import SelfDistillation
 from ssd.backbones.base import Backbone
-from ssd.cli import LIGHTNING_VERBS, OWN_VERBS, main, warnings_for_people, without_worker
+from ssd.cli import LIGHTNING_VERBS, OWN_VERBS, main, user_error, warnings_for_people, without_worker
+from ssd.errors import UserError
 from ssd.verbs.arguments import expand, run_of, split_data
 
 TINY = """
@@ -467,3 +468,11 @@ def test_single_settings_of_a_recipe_that_a_config_names_can_be_typed(settings):
     assert views["class_path"].endswith("DINOViews")
     found = views["init_args"]
     assert (found["global_size"], found["local_size"], found["local_count"]) == (32, 16, 2), "all else is the recipe's"
+
+
+def test_errors_that_name_each_other_are_told_apart_from_a_users_in_finite_time():
+    first, second = ValueError("first"), KeyError("second")
+    first.__cause__, second.__context__ = second, first
+    assert user_error(first, "fit") is None
+    second.__cause__ = UserError("mend this")
+    assert str(user_error(first, "fit")) == "mend this"
