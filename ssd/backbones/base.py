@@ -198,6 +198,12 @@ class Backbone(Recorded, nn.Module):
                     f"which {type(self).__name__} '{self.name}' cannot. {self.instead(ability)}"
                 )
 
+    def refuse(self, **asked: Any) -> None:
+        """Raise UserError for the first ability of which something is asked that is not None or empty."""
+        ability = next((name for name, value in asked.items() if value is not None and value != {}), None)
+        if ability is not None:
+            raise UserError(f"'{self.name}' cannot {ABILITIES[ability]}. {self.instead(ability)}")
+
     def instead(self, ability: str) -> str:
         return "Use a ViT, for instance ViT with name: vit_small_patch16_224."
 

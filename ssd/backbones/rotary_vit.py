@@ -162,8 +162,7 @@ class RotaryViT(Backbone):
         what is answered went through the final norm, also after an early stop."""
         self.check_input(x)
         self.use_fitting_attention(x)
-        if keep:
-            raise UserError(f"'{self.name}' drops no patches between blocks. Use a ViT, or keep them all.")
+        self.refuse(keep=keep)
         if masked is not None:
             raise UserError(f"'{self.name}' has no mask token to put in place of patches. Give the `visible` ones.")
         last = self.num_blocks if until is None else until

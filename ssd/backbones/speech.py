@@ -1,6 +1,6 @@
 """Networks over sound: a transformer over what convolutions make of the waveform, and one over a spectrogram."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,7 @@ class Sounds(Backbone):
 
     can = frozenset({"masked", "taps", "until"})
     of_timm: ClassVar[bool] = False
+    axes: ClassVar[int] = 1
     frames: Frames
 
     def __init__(self, name: str, rate_hz: int):
@@ -98,10 +99,10 @@ class Sounds(Backbone):
         visible: Tensor | None = None,
         taps: Sequence[int | str] = (),
         until: int | None = None,
+        keep: Mapping[int, int] | None = None,
     ) -> Tokens:
         """As `Backbone.forward`, of sounds (B, S) or `Padded`. Taps are (B, N, D); "block3.mlp" is what the MLP adds."""
-        if visible is not None:
-            raise UserError(f"'{self.name}' cannot encode visible tokens alone. {self.instead('visible')}")
+        self.refuse(visible=visible, keep=keep)
         last = self.num_blocks if until is None else until
         if not 1 <= last <= self.num_blocks:
             raise UserError(f"until is {until}, expected a block of '{self.name}': 1 to {self.num_blocks}.")

@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -178,6 +178,7 @@ class VideoViT(Backbone):
         visible: Tensor | None = None,
         taps: Sequence[int | str] = (),
         until: int | None = None,
+        keep: Mapping[int, int] | None = None,
     ) -> Tokens:
         """As `Backbone.forward`, of clips. Taps and what is answered as of `ViT.forward`.
 
@@ -185,6 +186,7 @@ class VideoViT(Backbone):
         second. What is not listed is not even embedded.
         """
         self.check_input(x)
+        self.refuse(keep=keep)
         self.use_fitting_attention(x)
         last = self.num_blocks if until is None else until
         if not 1 <= last <= self.num_blocks:

@@ -1,6 +1,7 @@
 """The verbs on clips, from one small run on shapes that move."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import ssd.verbs.quickstart
 from ssd.data.moving_shapes import MOTIONS, write_moving_shapes
 from ssd.verbs.loading import load_data, load_module
+from ssd.verbs.quickstart import MADE
 from tests.verbs.conftest import typed
 
 pytest.importorskip("av")
@@ -124,16 +125,18 @@ def test_what_is_for_pictures_says_so(folder):
 
 def test_quickstart_makes_its_own_clips_or_takes_some_and_says_which(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ssd.verbs.quickstart, "CLIPS_OF_EACH", 5)
-    common = ("quickstart", "--video", "--config", folder / "config.yaml", "--draws", 2)
-    said = typed(*common, "--out", "own")
-    assert said.status == 0 and "clips of moving shapes, 5 of each of 6 motions, made here in own/clips" in said.out, (
-        said
-    )
+    few = partial(write_moving_shapes, each=5)
+    monkeypatch.setitem(MADE, "Clips", (*MADE["Clips"][:2], few))
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(CONFIG | {"data": {"class_path": "Clips", "init_args": {"batch_size": 8}}}))
+    said = typed("quickstart", "--config", config, "--draws", 2, "--out", "own")
+    assert said.status == 0, said
+    assert "No clips were given" in said.out and "moving shapes that were made for it, in own/made" in said.out
     summary = json.loads(Path("own/summary.json").read_text())
-    assert summary["samples"] == "clips of moving shapes" and {"pixels", "untrained", "pretrained"} <= set(summary)
-    said = typed("quickstart", "--data", folder / "shapes")
-    assert said.status == 2 and "Add --video" in said.err
+    assert summary["data"] == "Clips made" and {"pixels", "untrained", "pretrained"} <= set(summary)
+    said = typed("quickstart", "--config", config, "--draws", 2, "--out", "given", "--data.path", folder / "shapes")
+    assert said.status == 0 and "made for it" not in said.out, said
+    assert json.loads(Path("given/summary.json").read_text())["data"] == "Clips shapes"
 
 
 def test_what_is_made_is_the_same_for_a_seed(tmp_path):
