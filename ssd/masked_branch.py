@@ -83,6 +83,10 @@ class MaskedBranch(nn.Module):
 class PredictingBranch(nn.Module):
     """A backbone that can "predict", and a head over what it predicts, as one network."""
 
+    encodes_visible: ClassVar[bool] = True
+    predicts_patches: ClassVar[bool] = True
+    """Whether patches alone are what it is taught."""
+
     def __init__(self, backbone: Backbone, head: nn.Module):
         super().__init__()
         self.backbone = backbone

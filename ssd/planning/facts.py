@@ -11,7 +11,6 @@ from torch import nn
 from ssd.backbones.base import Backbone
 from ssd.data.broken import UNREADABLE
 from ssd.heads import PROTOTYPES, Prototypes
-from ssd.masked_branch import PredictingBranch
 from ssd.masking.batch import MaskPlan
 from ssd.optim import resolve_lr
 from ssd.schedules import Cosine, Linear, Schedule, in_steps, value_at
@@ -291,7 +290,7 @@ def facts_of(module: Any, data: Any, *, processes: int, max_epochs: int | None, 
             isinstance(p, nn.modules.batchnorm._BatchNorm) and p.training for p in module.modules()
         ),
         encodes_visible=getattr(module.student, "encodes_visible", False),
-        targets_of_patches=isinstance(module.student, PredictingBranch),
+        targets_of_patches=getattr(module.student, "predicts_patches", False),
         places_apart=any(isinstance(part, Sinkhorn) and part.apart is not None for part in module.modules()),
     )
 

@@ -218,6 +218,8 @@ def test_targets_of_patches_are_counted_as_patches_and_a_teacher_that_waits_by_w
     module = test_capi.small(positionwise=positionwise, num_prototypes=4096)
     facts, _ = planned(module, batch_size=16)
     assert facts.targets_of_patches and facts.sinkhorn and facts.target_rows == rows
+    # of 16 patches 10 are hidden, beside four registers
+    assert (facts.tokens("student"), facts.tokens("teacher")) == (16 * (6 + 4), 16 * (16 + 4))
     assert facts.momentum_half_life == pytest.approx(half_life(0.999), rel=1e-2)
     assert facts.trainable == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert facts.lr_scales["backbone.model.patch_embed.weight"] == 0.2
