@@ -1,8 +1,8 @@
 """CAPI, MAE and iBOT on small data at equal student tokens: encoders of one size, each for as many steps as the same number of
 tokens that its student encodes allows; kNN, linear and attentive probes and the dense score beside the untrained network.
 
-    python -m tests.benchmarks.masked digits --out runs/masked
-    python -m tests.benchmarks.masked cifar10 --path TRAIN.parquet --val_path TEST.parquet --methods capi --seeds 0
+    python -m tests.benchmarks.capi digits --out runs/capi
+    python -m tests.benchmarks.capi cifar10 --path TRAIN.parquet --val_path TEST.parquet --methods capi --seeds 0
 
 Rows that are there already are not run again, so that any of them can be added or repeated by itself.
 """
@@ -32,9 +32,9 @@ CLASSES = {"capi": "CAPI", "mae": "MAE", "ibot": "IBOT"}
 
 SIZES: dict[str, dict[str, Any]] = {
     "digits": {
-        "network": {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3},
+        "network": {"patch_size": 2, "embed_dim": 96, "depth": 4, "num_heads": 3},
         "side": 16,
-        "tokens": 640_000,
+        "tokens": 860_000,
         "data": ["--data", "Digits"],
         "views": {"flip": 0.0, "rotate": 15.0, "shear": 0.2},
         "scale": {"capi": [0.6, 1.0], "mae": [0.4, 1.0]},
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, help="that a student encodes, instead of the size's own number")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--clusters", type=int, default=256)
+    parser.add_argument("--clusters", type=int, default=512)
     parser.add_argument("--momentum", type=float, default=0.98, help="of CAPI's teacher")
     parser.add_argument("--clustering_lr", type=float, default=1e-2)
     parser.add_argument("--positionwise", action="store_true")
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--workers", type=int, default=0, help="processes that load")
-    parser.add_argument("--out", default="runs/masked")
+    parser.add_argument("--out", default="runs/capi")
     arguments = parser.parse_args()
     arguments.lr = {method: getattr(arguments, f"{method}_lr") for method in CLASSES}
     for name in ("path", "val_path", "out"):
