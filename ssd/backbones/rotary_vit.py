@@ -169,7 +169,7 @@ class RotaryViT(Backbone):
         if not 1 <= last <= self.num_blocks:
             raise UserError(f"until is {until}, expected a block of '{self.name}': 1 to {self.num_blocks}.")
         wanted = tap_names([tap for tap in taps if tap not in BEFORE_BLOCKS], last, self.num_blocks, self.name)
-        if any(name.endswith(".mlp") for name in wanted):
+        if any("." in name for name in wanted):
             raise UserError(f"'{self.name}' answers whole blocks. Tap a number, or a name such as block3.")
 
         grid, sequence, rope = self.embed(x, visible)
