@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ssd.data.moving_shapes import MOTIONS, write_moving_shapes
+from ssd.evaluation.features import pixels
 from ssd.verbs.loading import load_data, load_module
 from ssd.verbs.quickstart import MADE
 from tests.verbs.conftest import typed
@@ -67,7 +68,7 @@ def test_probe_judges_clips_beside_the_mean_of_their_frames(folder, tmp_path):
     assert set(found["baselines"]) == {"pixels", "untrained", "pretrained"} and "mean_patch" in said.out
     _, about = load_module(last(folder))
     loader = load_data([], about, "probe").test_dataloader()[1]
-    raw = ssd.verbs.probe.pixels(loader).features
+    raw = pixels(loader).features
     clips = torch.cat([batch["sample"] for batch in loader])
     assert raw.shape[1] == 3 * 16 * 16
     assert torch.allclose(raw, torch.stack([clip.mean(1).flatten() for clip in clips]))
