@@ -45,9 +45,16 @@ def methods() -> list[dict[str, Any]]:
                     {
                         "name": name,
                         "what": first.replace("\n", " "),
-                        "paper": rest.split("\n")[0],
+                        "paper": cited(rest),
                         "class_path": f"{module.__name__}.{name}",
                         "configs": configs,
                     }
                 )
     return found
+
+
+def cited(text: str) -> str:
+    """The lines up to the one that names a paper's number, as one; titles may be long."""
+    lines = text.split("\n")
+    end = next((number for number, line in enumerate(lines) if "arXiv" in line), 0)
+    return " ".join(lines[: end + 1])
