@@ -2,6 +2,9 @@
 averaged, of networks that have not learned, and of pixels; with the clusters that both branches share, and without.
 
     python -m tests.benchmarks.clips FOLDER --out runs/clips --seeds 0 1
+    python -m tests.benchmarks.clips shapes --out runs/shapes --flip 0
+
+"shapes" stands for those that `ssd quickstart --video` makes.
 
 FOLDER has a folder of clips for each class. Clips of one scene (of one size, whose median frames agree) stay together in one of
 two halves. A network learns from one half, without labels; probes learn from that half's labels and are asked about the other,
@@ -30,6 +33,7 @@ from torch import Tensor
 from ssd.cli import main as ssd_main
 from ssd.data.clips import Clip
 from ssd.data.groups import held_groups
+from ssd.data.moving_shapes import write_moving_shapes
 from ssd.evaluation.features import Features, extract
 from ssd.evaluation.suite import monitor
 from ssd.record import build
@@ -59,12 +63,12 @@ VIEWS = {
 }
 
 
-def config(arm: str, steps: int) -> dict[str, Any]:
-    """`method/discovr_small` with clips of eight frames."""
+def config(arm: str, steps: int, flip: float) -> dict[str, Any]:
+    """`method/discovr_small` with clips of eight frames of 32 px."""
     settings = {
         "backbone": {"class_path": "VideoViT", "init_args": NETWORK},
         "image_backbone": {"class_path": "ViT", "init_args": NETWORK | {"fixed_positions": True}},
-        "views": {"class_path": "ClipViews", "init_args": VIEWS},
+        "views": {"class_path": "ClipViews", "init_args": VIEWS | {"flip": flip}},
         "image_frame_step": 2,
         "scd_weight": ARMS[arm],
         "steps": steps,
@@ -169,7 +173,7 @@ def row(arm: str, seed: int, arguments: argparse.Namespace, folders: list[Path])
         result = run / "probe.json"
         if not result.exists():
             run.mkdir(parents=True, exist_ok=True)
-            (run / "method.yaml").write_text(json.dumps(config(arm, arguments.steps)))
+            (run / "method.yaml").write_text(json.dumps(config(arm, arguments.steps, arguments.flip)))
             started = time.process_time()
             ssd(
                 *("fit", "--config", "method/discovr_small", "--config", str(run / "method.yaml")),
@@ -214,11 +218,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--flip", type=float, default=0.5, help="0 where a mirrored clip is of another class")
     parser.add_argument("--out", default="runs/clips")
     arguments = parser.parse_args()
     arguments.out = os.path.abspath(arguments.out)
 
+    if arguments.folder == Path("shapes"):
+        arguments.folder = Path(arguments.out, "shapes")
+        write_moving_shapes(arguments.folder, 40, seed=0)
     folders, number = halves(arguments.folder.resolve(), Path(arguments.out))
     found = {arm: [row(arm, seed, arguments, folders) for seed in arguments.seeds] for arm in arguments.arms}
     clips = max(run["clips"] for runs in found.values() for run in runs)
