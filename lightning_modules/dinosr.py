@@ -1,8 +1,8 @@
 """DinoSR: a student names, at every masked frame of an utterance, the codes into which the average of its past selves falls
 there. The codes are running averages themselves.
 
-Liu et al., "DinoSR: Self-Distillation and Online Clustering for Self-supervised Speech Representation Learning", NeurIPS 2023,
-arXiv 2305.10005; with `heads` "blocks" its successor: Poli et al., "SpidR", TMLR 2025, arXiv 2512.20308.
+Liu et al., "Self-Distillation and Online Clustering for Self-supervised Speech Representation Learning", 2023, arXiv 2305.10005.
+With `heads` "blocks" its successor: Poli et al., "SpidR", TMLR 2025, arXiv 2512.20308.
 Departs from the published code: the front end does stay still with the teacher (there it goes on), processes share their codes
 from the first step, the mean is over the masked frames of the whole step, and padding is told from sound.
 """
