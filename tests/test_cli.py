@@ -256,7 +256,7 @@ MISTAKES = {
     ),
     "neither number nor schedule": (
         "fit --config tiny.yaml --data pets --model.lr fast",
-        ["model.lr: 'fast' was given", "a number or one of Cosine, Linear"],
+        ["model.lr: 'fast' was given", "a number or one of Cosine, Exponential, Linear, TriStage"],
     ),
     "not among the choices": (
         "fit --config tiny.yaml --data pets --trainer.precision 17",
