@@ -1,5 +1,6 @@
 """Networks over sound: a transformer over what convolutions make of the waveform, and one over a spectrogram."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ LAYERS = {
 """Samples a second -> (kernel, stride) of the front end, a token every 20 ms (Baevski et al. 2020, section 4.2)."""
 
 
-class Sounds(Backbone):
+class Sounds(Backbone, ABC):
     """What networks over sound share: sounds (B, S) or `Padded` -> `Tokens` of their frames.
 
     A sound answers the same alone and padded in a batch. Padding is told by `Padded.valid`; a tensor is all sound.
@@ -71,12 +72,12 @@ class Sounds(Backbone):
     def instead(self, ability: str) -> str:
         return "Networks over sound see whole sequences."
 
+    @abstractmethod
     def embed(self, sounds: Tensor | Padded) -> tuple[Tensor, Tensor | None]:
         """What enters the transformer, (B, N, D), and (B, N) where it is no padding, None where all is sound.
 
         A sound of fewer samples than a token sees counts as one token.
         """
-        raise NotImplementedError
 
     def check_input(self, x: Tensor | Padded) -> None:  # type: ignore[override]
         samples = x.samples if isinstance(x, Padded) else x
