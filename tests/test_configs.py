@@ -1,5 +1,6 @@
 """Every config that is shipped can be run by the line it opens with, and is in the package."""
 
+import inspect
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import yaml
 from ssd.cli import main
 from ssd.configs_path import config_file, config_names, config_root
 from ssd.errors import UserError
+from ssd.record import import_class
+from ssd.verbs.methods import methods
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +69,13 @@ def test_a_config_parses_with_the_line_it_opens_with_and_nothing_in_it_is_lost(n
     if isinstance(views, dict) and ".model.init_args.views.init_args.evaluation_size" not in leaves(given):
         # one that was settled for the default's views would cost minutes on smaller ones
         assert views["init_args"].get("evaluation_size") is None
+
+
+def test_the_views_that_a_method_begins_with_go_by_a_name():
+    """Those of an object would be what settings of the same class leave out: another size, and 224 px to evaluate at."""
+    for row in methods():
+        views = inspect.signature(import_class(row["class_path"])).parameters.get("views")
+        assert views is None or isinstance(views.default, str), row["name"]
 
 
 @pytest.mark.parametrize(

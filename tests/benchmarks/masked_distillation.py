@@ -79,24 +79,26 @@ class Run:
 
     Args:
         length: in runs of MAE.
-        teacher: run whose student teaches, frozen.
+        teachers: setting -> the run whose network teaches, frozen.
         begins: run whose student, with its decoder, is gone on with.
         photographs: learn from those of `--further`, at the size's own grey pixels.
         pictures: of a step, as a share of the others'; the rest is for several masks of each.
         network: settings of the backbone beside the size's.
         decoder: whether it is MAE's.
+        two_views: of each picture, by the same crops and a little brightness and contrast.
         parts: of the run, after each of which the student is kept.
     """
 
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     length: float = 1
-    teacher: str | None = None
+    teachers: dict[str, str] = field(default_factory=dict)
     begins: str | None = None
     photographs: bool = False
     pictures: float = 1
     network: dict[str, Any] = field(default_factory=dict)
     decoder: bool = True
+    two_views: bool = False
     parts: int = 1
 
 
@@ -105,15 +107,19 @@ def hidden(ratio: float | None = None, keep: int | None = None) -> dict[str, Any
     return {"class_path": "RandomMasks", "init_args": settings}
 
 
+def disjoint() -> dict[str, Any]:
+    return {"class_path": "DisjointMasks", "init_args": {"ratio": 0.6, "cell": 1}}
+
+
 RUNS = {
     "mae": Run("MAE"),
     "dbot": Run("DBOT", {"stages": [1, 1, 1], "decoder_drop_path_rate": 0.0}, length=3),
     "dbot_short": Run("DBOT", {"stages": [1, 1, 1], "decoder_drop_path_rate": 0.0}),
     "long_mae": Run("MAE", length=2),
-    "dmae_16": Run("DMAE", {"masks": hidden(keep=16)}, teacher="long_mae"),
-    "dmae_10": Run("DMAE", {"masks": hidden(keep=10)}, teacher="long_mae"),
-    "dmae_4": Run("DMAE", {"masks": hidden(keep=4)}, teacher="long_mae"),
-    "features": Run("DMAE", {"masks": hidden(ratio=0.0), "pixel_weight": 0.0}, teacher="long_mae"),
+    "dmae_16": Run("DMAE", {"masks": hidden(keep=16)}, teachers={"teacher": "long_mae"}),
+    "dmae_10": Run("DMAE", {"masks": hidden(keep=10)}, teachers={"teacher": "long_mae"}),
+    "dmae_4": Run("DMAE", {"masks": hidden(keep=4)}, teachers={"teacher": "long_mae"}),
+    "features": Run("DMAE", {"masks": hidden(ratio=0.0), "pixel_weight": 0.0}, teachers={"teacher": "long_mae"}),
 }
 GOES_ON: dict[str, Any] = {
     "views": {"class_path": "PlainViews", "init_args": {"size": 16}},
@@ -141,8 +147,33 @@ RUNS["data2vec2"] = Run(
 )
 LEAP: dict[str, Any] = {"patience": 0.08, "optimizer": "AdamW", "weight_decay": 0.05, "mixup": False}
 RUNS |= {
-    match: Run("LEAP", LEAP | settings, teacher="long_mae", decoder=False, parts=PARTS)
+    match: Run("LEAP", LEAP | settings, teachers={"teacher": "long_mae"}, decoder=False, parts=PARTS)
     for match, settings in {"leap": {}, "leap_last": {"match": "last"}}.items()
+}
+DINO: dict[str, Any] = {
+    "num_prototypes": 256,
+    "teacher_temperature": 0.02,
+    "head_hidden_dim": 512,
+    "head_bottleneck_dim": 64,
+    "head_batch_norm": True,
+    "freeze_last_layer": 0.0,
+    "target_rule": "sinkhorn",
+    "momentum": {"class_path": "Cosine", "init_args": {"start": 0.95, "end": 1.0}},
+}
+TWO = {"relation_teacher": "long_mae", "feature_teacher": "dino"}
+RUNS |= {
+    "dmjd": Run("DMJD", {"target": "pixels", "masks": disjoint(), "predictor_dim": 64}, pictures=0.5),
+    "dino": Run("DINO", DINO, length=2, decoder=False, two_views=True),
+    "hybrid": Run("HybridDistillation", {"drop_ratio": 0.2}, teachers=TWO, decoder=False),
+    **{
+        f"hybrid_{kind}": Run(
+            "HybridDistillation",
+            {"drop_ratio": 0.2, f"{other}_weight": 0.0},
+            teachers={f"{kind}_teacher": TWO[f"{kind}_teacher"]},
+            decoder=False,
+        )
+        for kind, other in (("relation", "feature"), ("feature", "relation"))
+    },
 }
 ROWS = {
     "mae": ("mae", "last.ckpt#student"),
@@ -158,6 +189,11 @@ ROWS = {
     "data2vec2": ("data2vec2", "last.ckpt#teacher"),
     "leap": ("leap", "last.ckpt#student"),
     "leap_last": ("leap_last", "last.ckpt#student"),
+    "dmjd": ("dmjd", "last.ckpt#student"),
+    "dino": ("dino", "last.ckpt#teacher"),
+    "hybrid_relation": ("hybrid_relation", "last.ckpt#student"),
+    "hybrid_feature": ("hybrid_feature", "last.ckpt#student"),
+    "hybrid": ("hybrid", "last.ckpt#student"),
 }
 """Row -> the run and the network that it shows: the student of a stage is the teacher of the next."""
 COURSES = {
@@ -214,15 +250,24 @@ def config(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any
         **(size["decoder"] if run.decoder else {}),
         **run.settings,
     }
-    if run.teacher is not None:
-        weights = f"{checkpoint(run.teacher, seed, arguments) / 'last.ckpt'}#student"
-        teacher = network(size, run.teacher, weights)
-        settings["teacher"] = {"class_path": "ViT", "init_args": teacher}
+    for setting, teacher in run.teachers.items():
+        weights = str(checkpoint(teacher, seed, arguments) / "last.ckpt")
+        settings[setting] = {"class_path": "ViT", "init_args": network(size, teacher, weights)}
     if run.begins is not None:
         settings["pretrained"] = str(checkpoint(run.begins, seed, arguments) / "last.ckpt")
+    if run.two_views:
+        crop = size["views"]
+        settings["views"] = {"class_path": "DINOViews", "init_args": two_views(crop)}
     kept = {"class_path": "tests.benchmarks.masked_distillation.Kept", "init_args": {"parts": run.parts}}
     model = {"class_path": run.method, "init_args": settings | arguments.set}
     return {"model": model, "trainer": {"callbacks": [kept]}}
+
+
+def two_views(crop: dict[str, Any]) -> dict[str, Any]:
+    """DINO's recipe with the crops of the others."""
+    colours = {"jitter": [0.6, 0.6, 0.0, 0.0], "grey_prob": 0.0, "blur_prob": [0.0] * 3, "solarize_prob": [0.0] * 3}
+    renamed = {"size": "global_size", "scale": "global_scale"}
+    return {renamed.get(name, name): value for name, value in crop.items()} | {"local_count": 0, **colours}
 
 
 def ssd(*words: str) -> None:
@@ -238,9 +283,8 @@ def trained(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, fl
     """Makes a run and those it stands on, where they are not there; what it cost."""
     run, folder = RUNS[name], checkpoint(name, seed, arguments).parent
     cost = folder / "cost.json"
-    for before in (run.teacher, run.begins):
-        if before is not None:
-            trained(before, seed, arguments)
+    for before in (*run.teachers.values(), *([] if run.begins is None else [run.begins])):
+        trained(before, seed, arguments)
     if not cost.exists():
         folder.mkdir(parents=True, exist_ok=True)
         made = config(name, seed, arguments)
