@@ -268,8 +268,6 @@ RECIPES: dict[str, Views] = {
     "crop": CropViews(),
     # BEiT's (Bao et al. 2022), which the first data2vec was trained with
     "data2vec": CropViews(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.0)),
-    "leap": CropViews(scale=(0.14, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8, grey_prob=0.2),
-    "pcd": DINOViews(global_scale=(0.08, 1.0), local_count=0),
     "crop_small": CropViews(size=32, evaluation_crop=1.0),
     "capi": CropViews(scale=(0.6, 1.0)),
     "capi_small": CropViews(size=32, scale=(0.6, 1.0), evaluation_crop=1.0),
