@@ -130,11 +130,12 @@ class DinoSR(SelfDistillation):
 
         self.codebooks = Codebooks(num_codebooks, num_codes, backbone.embed_dim, codebook_momentum, revive_after)
         if heads == "blocks":
-            backbone.model.transformer.behind_taps.requires_grad_(
-                False
-            )  # it would wait for a gradient that never comes
+            # it would wait for a gradient that never comes
+            backbone.model.transformer.behind_taps.requires_grad_(False)
         self.student = CodeStudent(backbone, num_codebooks, num_codes, self.taps if heads == "blocks" else ())
-        self.teacher = EMA(backbone.model.transformer, buffers="average", shared=("positions.",))
+        # positions by convolution are the student's own; a spectrogram's are fixed
+        shared = () if backbone.model.transformer.positions is None else ("positions.",)
+        self.teacher = EMA(backbone.model.transformer, buffers="average", shared=shared)
 
     @property
     def evaluated_backbone(self) -> Backbone:

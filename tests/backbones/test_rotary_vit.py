@@ -347,7 +347,7 @@ def test_impossible_questions_are_refused():
         ({"until": 4}, "1 to 3"),
         ({"taps": ("block2.mlp",)}, "whole blocks"),
         ({"taps": ("block2.qkv",)}, "whole blocks"),
-        ({"keep": {1: 3}}, "drops no patches"),
+        ({"keep": {1: 3}}, "cannot go on with fewer patches"),
         ({"masked": torch.zeros(2, 12, dtype=torch.bool)}, "no mask token"),
     ):
         with pytest.raises(UserError, match=said):

@@ -202,5 +202,5 @@ def test_settings_that_cannot_be_are_refused(settings, said):
 def test_inputs_that_cannot_be_are_refused(given, said):
     with pytest.raises(UserError, match=said):
         speech()(given())
-    with pytest.raises(UserError, match="visible tokens alone"):
+    with pytest.raises(UserError, match="cannot encode only the visible"):
         speech()(torch.randn(1, 3000), visible=torch.tensor([[0]]))

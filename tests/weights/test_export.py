@@ -77,9 +77,9 @@ def test_blocks_that_normalise_behind_leave_with_the_lines_that_rebuild_them(tmp
     backbone = tiny_vit(img_size=32, post_norm=True, fixed_positions=True, arguments={"no_embed_class": True})
     said = r"class PostNormBlock\(Block\):; for block in model\.blocks:; model\.norm_pre = .*plain timm cannot load"
     with pytest.raises(UserError, match=said) as refusal:
-        export_backbone(backbone, tmp_path / "out", "timm", input_size=32, **THREE)
+        export_backbone(backbone, tmp_path / "out", "timm", lengths=(32, 32), **THREE)
     assert "\n" not in str(refusal.value)
-    report = export_backbone(backbone, tmp_path / "out", "safetensors", input_size=48, **THREE)
+    report = export_backbone(backbone, tmp_path / "out", "safetensors", lengths=(48, 48), **THREE)
     assert report.difference <= 1e-5 and "ssd" not in report.code
 
 
