@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from ssd.callbacks.throughput import counted
 from ssd.distributed import gather_objects, rank
 from ssd.errors import UserError
 from ssd.evaluation.protocol import Number
@@ -110,7 +111,8 @@ def fit_summary(
     facts = {"steps": f"{module.step} of {module.total_steps}, {module.skipped_steps} skipped"}
     if throughput.images_per_second is not None:
         waiting = throughput.waiting_share
-        facts["speed"] = f"{throughput.images_per_second:,.0f} images/s, {waiting:.0%} of the time waiting for data"
+        samples = counted(getattr(trainer, "datamodule", None))
+        facts["speed"] = f"{throughput.images_per_second:,.0f} {samples}/s, {waiting:.0%} of the time waiting for data"
         if waiting > WAITING_TOO_LONG:
             facts["speed"] += ": try more data.num_workers"
     if doctor.enabled:

@@ -10,6 +10,8 @@ from pytorch_lightning.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ssd.callbacks.throughput import counted
+
 
 class RunProgress(ProgressBar):
     """A bar over all steps of the run with loss terms, images per second and time left.
@@ -76,7 +78,8 @@ class RunProgress(ProgressBar):
     def _numbers(self, trainer: pl.Trainer, pl_module: Any) -> str:
         parts = [f"{name} {value:.4f}" for name, value in pl_module.last_report.terms.items()]
         if "train/speed/images_per_s" in trainer.callback_metrics:
-            parts.append(f"{trainer.callback_metrics['train/speed/images_per_s']:.0f} images/s")
+            samples = counted(getattr(trainer, "datamodule", None))
+            parts.append(f"{trainer.callback_metrics['train/speed/images_per_s']:.0f} {samples}/s")
         parts += [
             f"{name.removeprefix('val/')} {trainer.callback_metrics[name]:.3f}"
             for name in ("val/knn/top1", "val/linear/top1")

@@ -3,9 +3,16 @@
 import statistics
 import time
 from collections import deque
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
+
+
+def counted(data: Any) -> str:
+    """What the samples of a datamodule are called where they are counted: images, clips, sounds."""
+    word = getattr(data, "sample_word", "picture")
+    return "images" if word == "picture" else f"{word}s"
 
 
 class Throughput(pl.Callback):

@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 from ssd.benchmarks.paired import Pair, pairs_table
 from ssd.data.dataset import start_worker
 from ssd.errors import UserError
+from ssd.memory import keep_freed_memory
 from ssd.native import views as native
 from ssd.summary import check_json, console, write_json
 from ssd.verbs.arguments import Parser, at_least_one
@@ -162,6 +163,7 @@ def run_masked(argv: list[str]) -> int:
         for half in (False, True)
     ]
     check(cases[0])  # before anything is spent
+    keep_freed_memory()  # as a run does
     torch.set_num_threads(arguments.threads)
     pairs: list[Pair] = []
     try:

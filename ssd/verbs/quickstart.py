@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from ssd.callbacks.throughput import counted
 from ssd.cli import run_lightning
 from ssd.data.moving_shapes import write_moving_shapes
 from ssd.data.tones import write_tones
@@ -113,8 +114,7 @@ def run(argv: list[str]) -> int:
     out_console.print(
         report_table(table, title=f"held-out {data.sample_word}s of {type(data).__name__}, frozen features, %")
     )
-    word = {"picture": "image"}.get(data.sample_word, data.sample_word)
-    out_console.print(f"{seconds:.0f} s of training, {images / seconds:,.0f} {word}s/s, curve in {curve}")
+    out_console.print(f"{seconds:.0f} s of training, {images / seconds:,.0f} {counted(data)}/s, curve in {curve}")
     out_console.print(f"ssd report {out} makes a page of it", markup=False, highlight=False, soft_wrap=True)
     out_console.print(
         f"The backbone lies in {export.folder} and differs by {export.difference:.1g} after reloading. Load it with"
