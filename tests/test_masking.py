@@ -1,4 +1,4 @@
-"""Mask samplers: counts, shapes, statistics of the cards, and that a rank or a slice sees its part of the whole."""
+"""Mask samplers: counts, shapes, published statistics, and that a rank or a slice sees its part of the whole."""
 
 import math
 from dataclasses import replace
@@ -117,7 +117,7 @@ def test_half_of_the_crops_are_masked_by_shares_that_fill_the_range():
 
 
 def test_statistics_of_dinov2_masks():
-    """Card dinov2: equal to the request in 93 % of draws, never more than 3 short; .298 of the patches on average."""
+    """DINOv2: equal to the request in 93 % of draws, never more than 3 short; .298 of the patches on average."""
     rng = np.random.default_rng(0)
     wanted = np.floor(rng.uniform(0.1, 0.5, 4000) * 196)
     counts = draw_blocks(wanted, (14, 14), 4, 98, 0.3, 10, keys_of(wanted)).sum((1, 2))
@@ -152,7 +152,7 @@ def test_none_of_a_row_is_none():
 
 
 def test_statistics_of_ibot_masks():
-    """Card ibot: 1.2 patches short on average, more than one in 42 % of the masked crops, mean ratio .296, half whole."""
+    """iBOT: 1.2 patches short on average, more than one in 42 % of the masked crops, mean ratio .296, half whole."""
     counts, wanted = [], []
     rng = np.random.default_rng(1)
     wanted = rng.uniform(0.1, 0.5, 4000) * 196
@@ -171,7 +171,7 @@ def keys_of(wanted):
 
 
 def one_by_one(wanted, grid, smallest, largest, aspect, tries, rng):
-    """The algorithm as the card states it, a crop and a rectangle at a time."""
+    """The algorithm as its paper states it, a crop and a rectangle at a time."""
     height, width = grid
     masks = np.zeros((len(wanted), height, width), dtype=bool)
     for mask, most in zip(masks, wanted, strict=True):
@@ -230,7 +230,7 @@ def test_the_visible_tokens_are_a_rectangle_but_for_its_last_row():
 
 def test_only_rolled_blocks_show_every_place_alike():
     rolled = InverseBlockMasks().draw(1, 4000, (16, 16), 0, 0)[0]
-    assert (rolled.sum(1) == 166).all(), "card capi: int(.65 256)"
+    assert (rolled.sum(1) == 166).all(), "published: int(.65 256)"
     share = rolled.mean(0)
     assert np.abs(share - 166 / 256).max() < 5 * math.sqrt(0.65 * 0.35 / 4000)
     still = InverseBlockMasks(roll=False).draw(1, 2000, (16, 16), 0, 0)[0].mean(0).reshape(16, 16)
@@ -300,7 +300,7 @@ def test_a_single_square_is_there_whole():
 
 
 def test_tubes_hide_the_same_places_in_every_slot():
-    """Card discovr: 44 of 49 hidden, the same in all 32 slots, 160 of 1568 tokens seen."""
+    """DISCOVR: 44 of 49 hidden, the same in all 32 slots, 160 of 1568 tokens seen."""
     masks = RandomMasks(0.9, tube=True).draw(4, 3, (32, 7, 7), 0, 0).reshape(4, 3, 32, 49)
     assert (masks == masks[:, :, :1]).all()
     assert ((~masks).sum((2, 3)) == 160).all()
@@ -308,7 +308,7 @@ def test_tubes_hide_the_same_places_in_every_slot():
 
 @pytest.mark.parametrize("ratio, share", [(0.8, 0.568), (0.65, 0.490)])
 def test_spans_hide_what_their_overlap_leaves(ratio, share):
-    """Card dinosr: T 999, span 10; before rows are made equal."""
+    """DinoSR: T 999, span 10; before rows are made equal."""
     drawn = np.stack([SpanMasks(ratio).draw(1, 1, (999,), 0, step)[0, 0] for step in range(600)])
     assert drawn.mean() == pytest.approx(share, abs=0.01)
     # runs are whole spans
@@ -359,7 +359,7 @@ def test_compiled_blocks_are_the_same_blocks(grid, smallest, largest, monkeypatc
 
 
 def test_filled_blocks_mask_the_same_number_in_every_step():
-    """Card dinov3: 16 of 32 crops of 16 x 16 patches are asked for int(256 p) of evenly spread shares, and get them."""
+    """DINOv3: 16 of 32 crops of 16 x 16 patches are asked for int(256 p) of evenly spread shares, and get them."""
     recipe = BlockMasks(smallest=4, largest=0.5, even=True, filled=True)
     expected = [32, 38, 44, 51, 57, 64, 70, 76, 83, 89, 96, 102, 108, 115, 121, 128]
     blocks = BlockMasks(smallest=4, largest=0.5, even=True)

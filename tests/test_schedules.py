@@ -11,13 +11,13 @@ def values(schedule, total, steps_per_epoch=1):
     return [schedule.value(step, total, steps_per_epoch) for step in range(total)]
 
 
-def test_learning_rate_of_the_card():
+def test_learning_rate_as_published():
     """Base 1, floor 0, 10 steps, 4 of warm-up: the peak occurs twice and the floor never."""
     expected = [0, 1 / 3, 2 / 3, 1, 1, 0.9330, 0.75, 0.5, 0.25, 0.0670]
     assert values(Cosine(1.0, 0.0, warmup="4 steps"), 10) == pytest.approx(expected, abs=5e-5)
 
 
-def test_momentum_of_the_card():
+def test_momentum_as_published():
     momentum = Cosine(0.996, 1.0)
     found = [momentum.value(step, 1000, 10) for step in (0, 250, 500, 999)]
     assert found == pytest.approx([0.996, 0.99658579, 0.998, 0.99999999], abs=5e-9)
@@ -71,7 +71,7 @@ def test_a_schedule_that_waits_is_the_schedule_of_the_rest():
 
 
 def test_the_form_that_reaches_its_end_has_the_published_values():
-    """Card dinov3, section 5: peak 1 and end 0 after a warm-up of 2 of 5 ticks; DINO's form beside it."""
+    """DINOv3: peak 1 and end 0 after a warm-up of 2 of 5 ticks; DINO's form beside it."""
     long = Cosine(1.0, 0.0, warmup="2 steps", reaches_end=True)
     assert [long.value(i, 5, 1) for i in range(6)] == pytest.approx([0, 0.5, 1, 0.5, 0, 0])
     assert [Cosine(1.0, 0.0, warmup="2 steps").value(i, 5, 1) for i in range(5)] == pytest.approx([0, 1, 1, 0.75, 0.25])

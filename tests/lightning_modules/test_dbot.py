@@ -54,7 +54,7 @@ def stepped(module, optimizers, steps: int) -> None:
         module.take_step(masked_batch(module, 4, step), optimizers)
 
 
-def test_the_loss_is_the_equation_of_the_card_on_hidden_patches_and_the_class_token():
+def test_the_loss_is_the_equation_as_published_on_hidden_patches_and_the_class_token():
     module = tiny()
     batch = masked_batch(module, 3, 0)
     with torch.no_grad():

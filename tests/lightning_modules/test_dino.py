@@ -67,7 +67,7 @@ def test_renormalised_prototypes_are_unit_vectors_after_each_step_and_the_teache
     assert_close(module.teacher.network.head.last_layer.weight, F.normalize((old + new) / 2, dim=1))
 
 
-# ---------------------------------------------------------------- against the card, restated
+# ---------------------------------------------------------------- against the paper, restated
 
 
 class PlainHead(nn.Module):

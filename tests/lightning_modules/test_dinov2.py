@@ -50,7 +50,7 @@ class TestContractOfSinkhornAndOwnHeads(TestContract):
     settings = {"target_rule": "sinkhorn", "shared_head": False, "num_patch_prototypes": 24}
 
 
-# ---------------------------------------------------------------- against the card, restated
+# ---------------------------------------------------------------- against the paper, restated
 
 
 class PlainHead(nn.Module):
@@ -116,7 +116,7 @@ def depth_of(name):
 
 @pytest.mark.parametrize("shared, rule", [(True, "centering"), (False, "sinkhorn")])
 def test_twenty_steps_equal_the_equations_of_the_paper_written_out(shared, rule):
-    """Sections 2 to 5 of the card with loops over crops, pairs and neighbours."""
+    """Losses, targets and masks as the paper has them, with loops over crops, pairs and neighbours."""
     steps, per_epoch, samples = 20, 5, 8
     base_lr, min_lr, warmup = 2e-3, 1e-6, 4
     module = tiny(

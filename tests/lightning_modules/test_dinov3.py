@@ -51,11 +51,11 @@ class TestContractOfTheGramStage(TestContract):
     settings = {"views": GRAM, "gram_anchor": "refresh", "gram_refresh_every": "2 steps", "own_local_norm": True}
 
 
-# ---------------------------------------------------------------- against the card, restated
+# ---------------------------------------------------------------- against the paper, restated
 
 
 class PlainNetwork(nn.Module):
-    """Rotary positions, masks and heads with the numbers of the card; weights shared with the network under test."""
+    """Rotary positions, masks and heads with the published numbers; weights shared with the network under test."""
 
     def __init__(self, branch):
         super().__init__()

@@ -205,7 +205,7 @@ def test_scd_is_the_swapped_prediction_of_assignments_over_all_tokens_of_the_bat
         s_v = (F.normalize(tokens, dim=-1) @ prototypes.T).flatten(0, 1)  # (B N, K')
         s_i = (targets.patches[0] @ prototypes.T).flatten(0, 1)
 
-        def assigned(scores):  # as the card of the paper writes it: rows are prototypes, columns tokens
+        def assigned(scores):  # as the paper writes it: rows are prototypes, columns tokens
             table = torch.exp(scores / 0.05).double().T
             table = table / table.sum()
             for _ in range(10):

@@ -57,7 +57,7 @@ class TestContractOfSinkhorn(TestContract):
     settings = {"target_rule": "sinkhorn"}
 
 
-# ---------------------------------------------------------------- against the card, restated
+# ---------------------------------------------------------------- against the paper, restated
 
 
 class PlainNetwork(nn.Module):

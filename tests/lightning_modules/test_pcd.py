@@ -80,7 +80,7 @@ def student_maps(module: PCD, pictures: Tensor) -> Tensor:
 
 
 def plain_loss(student: Tensor, target: Tensor, queue: Tensor) -> Tensor:
-    """The card's equation place by place. (B, d, h, w), (B, d, h, w), (K, d) -> (B,)"""
+    """The paper's equation place by place. (B, d, h, w), (B, d, h, w), (K, d) -> (B,)"""
     losses = []
     for s, t in zip(student.flatten(2), target.flatten(2), strict=True):
         of_places = []

@@ -18,7 +18,7 @@ HIDDEN, SHOWN, PLACES = 12, 4, 16
 
 
 def standardised(t):
-    """Card dbot, section 2: by the variance of n - 1."""
+    """dBOT: by the variance of n - 1."""
     mean = t.mean(-1, keepdim=True)
     variance = (t - mean).square().sum(-1, keepdim=True) / (t.shape[-1] - 1)
     return (t - mean) / torch.sqrt(variance + EPS)
@@ -145,7 +145,7 @@ def random_masks():
 
 
 def visible_counts():
-    """Cards mae, dbot and dmae: int(N (1 - ratio)), or the number asked for."""
+    """MAE, dBOT and DMAE: int(N (1 - ratio)), or the number asked for."""
     counts = {"196, 0.75": 49, "196, 0.95": 9, "196, 0.98": 3, "196, keep 10": 10, "196, keep 4": 4, "64, 0.75": 16}
     return {name: torch.tensor([count, count]) for name, count in counts.items()}
 
@@ -234,7 +234,7 @@ def mae():
 
 
 def dbot():
-    """Card dbot: the target is raw, behind the teacher's first block in stage 0 and behind its last in stage 1, where the
+    """dBOT: the target is raw, behind the teacher's first block in stage 0 and behind its last in stage 1, where the
     teacher is stage 0's student and the student, its moments and the schedule begin anew."""
     student = parameters(student_shapes(WIDTH))
     teacher = {name: w.detach() for name, w in parameters(encoder_shapes("model.")).items()}
@@ -259,7 +259,7 @@ def dbot():
 
 
 def dmae():
-    """Card dmae: both see the same places; the teacher's third block of four, the student's first of two."""
+    """DMAE: both see the same places; the teacher's third block of four, the student's first of two."""
     projector = {"projectors.block1.0.weight": (32, WIDTH), "projectors.block1.0.bias": (32,)}
     student = parameters(student_shapes(3 * PATCH**2) | projector)
     teacher = {name: w.detach() for name, w in parameters(encoder_shapes("model.", 32, 4)).items()}
@@ -275,7 +275,7 @@ def dmae():
 
 
 def further_pretraining():
-    """Card further_pretraining: the class token behind the final norm, summed over dimensions; stage 1 begins where stage 0
+    """Further pretraining: the class token behind the final norm, summed over dimensions; stage 1 begins where stage 0
     began, and the rate falls in a line to 0 in each."""
     student = parameters(student_shapes(3 * PATCH**2))
     teacher = {name: w.detach() for name, w in parameters(encoder_shapes("model.")).items()}

@@ -87,13 +87,13 @@ def filled_blocks():
 
 
 def filled_counts():
-    """Card dinov3: 16 masked crops of 256 patches."""
+    """DINOv3: 16 masked crops of 256 patches."""
     counts = [32, 38, 44, 51, 57, 64, 70, 76, 83, 89, 96, 102, 108, 115, 121, 128]
     return {"fewest": torch.tensor(counts), "most": torch.tensor(counts)}
 
 
 def inverse_blocks():
-    """Card capi: 90 visible patches of a rectangle in raster order, rolled to any place."""
+    """CAPI: 90 visible patches of a rectangle in raster order, rolled to any place."""
     rng, masks = random.Random(3), []
     for _ in range(CROPS):
         shown, side = 256 - int(256 * 0.65), 16

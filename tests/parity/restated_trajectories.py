@@ -138,7 +138,7 @@ def zeros(count):
 
 
 def dino():
-    """Card dino, sections 2 to 5: temperature by epoch .04, .07, then .07; the prototypes are frozen in epoch 0."""
+    """DINO: temperature by epoch .04, .07, then .07; the prototypes are frozen in epoch 0."""
     student = parameters(network_shapes("pictures alone"))
     teacher, learner = without_token(student), Learner(student, "dino", clip=0.5)
     start, center = without_token(teacher), zeros(32)
@@ -161,7 +161,7 @@ def dino():
 
 
 def ibot():
-    """Card ibot: masks begin in epoch 1, and so does the warm-up of the patches' temperature; prototypes of patches are
+    """iBOT: masks begin in epoch 1, and so does the warm-up of the patches' temperature; prototypes of patches are
     their own; the patches' centre is the mean over all of them."""
     student = parameters(network_shapes("shared head, own prototypes"))
     teacher, learner = without_token(student), Learner(student, "dino", clip=3.0)
@@ -218,7 +218,7 @@ def dinov2_sinkhorn():
 
 
 def dinov2(heads, cls_head, patch_head, sinkhorn, clip):
-    """Card dinov2: temperature by step over half of the run; patches' targets and centre are of masked ones alone."""
+    """DINOv2: temperature by step over half of the run; patches' targets and centre are of masked ones alone."""
     student = parameters(network_shapes(heads, registers=2, scales="ls{}.gamma"))
     teacher, learner = without_token(student), Learner(student, "dinov2", clip)
     start, center, patch_center = without_token(teacher), zeros(32), zeros(32)
@@ -256,7 +256,7 @@ def dinov2(heads, cls_head, patch_head, sinkhorn, clip):
 
 
 def franca():
-    """Card franca, the paper's form: three levels see the first 6, 12 and 24 dimensions, are assigned apart and summed."""
+    """Franca, the paper's form: three levels see the first 6, 12 and 24 dimensions, are assigned apart and summed."""
     student = parameters(network_shapes("nested heads", registers=2, scales="ls{}.gamma"))
     teacher, learner = without_token(student), Learner(student, "dinov2", clip=12.0)
     start = without_token(teacher)
@@ -287,7 +287,7 @@ def franca():
 
 
 def dinov3():
-    """Card dinov3: Sinkhorn, plain prototypes, rotary positions, a norm of their own for local views, and a Gram teacher
+    """DINOv3: Sinkhorn, plain prototypes, rotary positions, a norm of their own for local views, and a Gram teacher
     that becomes the teacher after steps 9 and 12, the first two multiples of 3 from step 8 on."""
     shapes = network_shapes("heads of their own", registers=2, scales="gamma_{}", rotary=True)
     student = parameters(shapes | {"local_norm.weight": (WIDTH,), "local_norm.bias": (WIDTH,)})
@@ -331,7 +331,7 @@ def dinov3():
 
 
 def random_teacher():
-    """Card random_teacher: the student starts between two draws, and the divergence from the teacher is minimised."""
+    """Random teacher: the student starts between two draws, and the divergence from the teacher is minimised."""
     shapes, norm = network_shapes("pictures alone"), math.sqrt(0.7**2 + 0.3**2)
     teacher, other = parameters(shapes), parameters(shapes, "another ")
     teacher = {name: p.detach() for name, p in teacher.items()}

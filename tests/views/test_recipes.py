@@ -1,4 +1,4 @@
-"""Recipes hold what the cards publish, and refuse what cannot work when they are built."""
+"""Recipes hold what was published, and refuse what cannot work when they are built."""
 
 import dataclasses
 
