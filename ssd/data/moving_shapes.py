@@ -66,7 +66,9 @@ def write_video(path: Path, frames: np.ndarray) -> None:
     av = import_av()
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "18"})
+        # x264's fast paths read past what they were given and do not always write the same bytes
+        options = {"crf": "18", "x264-params": "cpu-independent=1"}
+        stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:

@@ -142,6 +142,10 @@ def test_quickstart_makes_its_own_clips_or_takes_some_and_says_which(folder, tmp
 
 def test_what_is_made_is_the_same_for_a_seed(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        write_moving_shapes(tmp_path / name, 1, seed)
-    one, same, other = ((tmp_path / name / "left" / "000.mp4").read_bytes() for name in "abc")
-    assert one == same != other
+        write_moving_shapes(tmp_path / name, 2, seed)
+    one, same, other = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.mp4")}
+        for name in "abc"
+    )
+    assert one == same and len(one) == 2 * len(MOTIONS)
+    assert all(one[path] != other[path] for path in one)
