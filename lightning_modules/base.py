@@ -26,7 +26,8 @@ from ssd.resume import (
     spread_generators,
 )
 from ssd.schedules import Schedule
-from ssd.step import NORMALISATIONS, Step, StepReport
+from ssd.step import NORMALISATIONS, Step
+from ssd.step_report import StepReport
 from ssd.teachers import Teacher
 from ssd.weights.stages import start_stage
 

@@ -21,9 +21,9 @@ from ssd.losses.prototype import entropy, token_cross_entropy
 from ssd.masked_branch import PredictingBranch, WholePatches, require_exact, visible_places
 from ssd.masking.batch import MaskPlan
 from ssd.masking.recipes import InverseBlockMasks, Masking
-from ssd.optim import AdamW, Clip, OptimizerRule
+from ssd.optim import AdamW, Clip, Optimized, OptimizerRule
 from ssd.schedules import Cosine, Schedule
-from ssd.step import Optimized, StepReport
+from ssd.step_report import StepReport
 from ssd.targets import Sinkhorn
 from ssd.teachers import EMA
 from ssd.views.view import Views

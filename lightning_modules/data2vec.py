@@ -21,7 +21,7 @@ from ssd.masking.recipes import BlockMasks, Masking
 from ssd.normalisers import average, layer_normed
 from ssd.optim import Clip
 from ssd.schedules import Cosine, Schedule
-from ssd.step import Terms
+from ssd.step_report import Terms
 from ssd.teachers import EMA
 from ssd.views.view import Views
 

@@ -22,7 +22,7 @@ from ssd.masking.recipes import InverseSquareMasks, Masking
 from ssd.normalisers import average, instance_normed, layer_normed
 from ssd.optim import AdamW, Clip, OptimizerRule
 from ssd.schedules import Cosine, Linear, Schedule
-from ssd.step import Terms
+from ssd.step_report import Terms
 from ssd.teachers import EMA
 from ssd.views.view import Views
 

@@ -25,7 +25,7 @@ from ssd.masking.recipes import Masking, SpanMasks
 from ssd.normalisers import instance_normed
 from ssd.optim import AdamW, Clip, OptimizerRule
 from ssd.schedules import Length, Linear, Schedule, TriStage, in_steps
-from ssd.step import StepReport
+from ssd.step_report import StepReport
 from ssd.teachers import EMA
 from ssd.views.sound import SoundViews
 from ssd.views.view import Views

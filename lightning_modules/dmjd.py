@@ -30,9 +30,8 @@ from ssd.masked_branch import (
 from ssd.masking.recipes import DisjointMasks, Masking
 from ssd.normalisation import put_back
 from ssd.normalisers import layer_normed
-from ssd.optim import LR_RULES, AdamW, Clip, OptimizerRule
+from ssd.optim import LR_RULES, AdamW, Clip, Optimized, OptimizerRule
 from ssd.schedules import Cosine, Schedule
-from ssd.step import Optimized
 from ssd.teachers import Frozen, NoTeacher, Preprocessed
 from ssd.views.view import Views
 

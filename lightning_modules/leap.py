@@ -24,7 +24,7 @@ from ssd.masked_branch import has_cls
 from ssd.mixing import mixed
 from ssd.optim import LARS, Clip, OptimizerRule
 from ssd.schedules import Cosine, Length, Schedule, in_steps
-from ssd.step import StepReport
+from ssd.step_report import StepReport
 from ssd.teachers import Frozen
 from ssd.views.view import Views
 

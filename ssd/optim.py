@@ -216,3 +216,25 @@ class Clip:
             joint = squares.sqrt()[member]
         scales = (self.max_norm / (joint + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, list(scales.unbind()))
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """What one optimiser trains, and how. A method with several students names one of these for each.
+
+    Args:
+        decay_rule, layer_decay, patch_embed_lr_scale: as in `parameter_groups`.
+    """
+
+    module: nn.Module
+    optimizer: OptimizerRule
+    lr: float | Schedule
+    weight_decay: float | Schedule
+    clip: Clip | None
+    decay_rule: str
+    layer_decay: float = 1.0
+    patch_embed_lr_scale: float = 1.0
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Its parameters by how they are trained."""
+        return parameter_groups(self.module, self.decay_rule, self.layer_decay, self.patch_embed_lr_scale)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ssd.batch import Targets
 from ssd.losses.prototype import entropy
-from ssd.step import StepReport
+from ssd.step_report import StepReport
 
 
 def patch_measures(targets: Targets) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ states itself in `targets`, `losses` and `update`.
 import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,82 +18,22 @@ from torch.optim import Optimizer
 
 from ssd.backbones.base import Backbone
 from ssd.batch import Batch, Targets
-from ssd.diagnosis.targets import TargetUse, centers_of, measured_use, target_use
-from ssd.distributed import is_sharded, own_part, sum_over_ranks, world_size
+from ssd.diagnosis.targets import centers_of, measured_use, target_use
+from ssd.distributed import sum_over_ranks, world_size
 from ssd.errors import UserError
+from ssd.gradients import gradient_norms, not_finite_gradients, part_of, trained_gradients
 from ssd.heads import restore_lengths
 from ssd.masking.batch import MaskPlan
 from ssd.masking.recipes import Masking
-from ssd.optim import AdamW, Clip, OptimizerRule, parameter_groups, resolve_lr
+from ssd.optim import AdamW, Clip, Optimized, OptimizerRule, resolve_lr
 from ssd.record import Recorded
 from ssd.resume import refuse_another_length
 from ssd.schedules import Cosine, Length, Schedule, in_steps, value_at
+from ssd.step_report import StepReport, Terms
 from ssd.views.recipes import views_named
 from ssd.views.view import WHOLE_SOUND, Views
 
 NORMALISATIONS = (nn.modules.batchnorm._BatchNorm,)
-
-
-@dataclass(frozen=True)
-class Optimized:
-    """What one optimiser trains, and how. A method with several students names one of these for each.
-
-    Args:
-        decay_rule, layer_decay, patch_embed_lr_scale: as in `parameter_groups`.
-    """
-
-    module: nn.Module
-    optimizer: OptimizerRule
-    lr: float | Schedule
-    weight_decay: float | Schedule
-    clip: Clip | None
-    decay_rule: str
-    layer_decay: float = 1.0
-    patch_embed_lr_scale: float = 1.0
-
-    def groups(self) -> list[dict[str, Any]]:
-        """Its parameters by how they are trained."""
-        return parameter_groups(self.module, self.decay_rule, self.layer_decay, self.patch_embed_lr_scale)
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did, in plain numbers that are the same on every rank.
-
-    Args:
-        terms: loss terms before their weight, over the whole step.
-        total: what was minimised.
-        gradient_norm: L2 norm over all trained parameters before clipping.
-        teacher_entropy: mean entropy of the targets `probs` in nats, where it was asked for and there are such.
-        measures: what the method's `measures` says of the targets and its `Terms` of the student, where it was asked for.
-        uses: kind of target ("picture", "patch") -> how it uses its prototypes, where it was asked for.
-        not_finite: what was not finite and made the step be skipped: names of terms, "total" where only
-            their sum is not, and "gradient".
-        stop: whether any rank was asked to stop.
-        gradients: names of the parameters whose gradients were not finite, where a step was skipped for them.
-    """
-
-    terms: dict[str, float]
-    total: float
-    gradient_norm: float
-    teacher_entropy: float | None
-    not_finite: tuple[str, ...]
-    stop: bool
-    measures: dict[str, float] = field(default_factory=dict)
-    uses: dict[str, TargetUse] = field(default_factory=dict)
-    gradients: tuple[str, ...] = ()
-
-
-class Terms(dict[str, Tensor]):
-    """Loss terms of a slice, and beside them what is worth knowing of the student's answers.
-
-    Args:
-        measures: scalars on the device, which the report of a logged step gives as their mean over slices and ranks.
-    """
-
-    def __init__(self, terms: Mapping[str, Tensor], **measures: Tensor):
-        super().__init__(terms)
-        self.measures = measures
 
 
 class Step(Recorded, nn.Module):
@@ -501,39 +441,3 @@ class Step(Recorded, nn.Module):
 
 
 COUNTS = ("step", "total_steps", "steps_per_epoch", "skipped_steps", "skipped_in_a_row", "samples_per_step")
-
-
-BESIDE_BACKBONE = ("mask_token", "local_norm")  # what a network holds for its backbone, so that exports stay plain
-
-
-def part_of(name: str) -> str:
-    """Which of a network's parts a parameter belongs to: backbone, or one of the heads."""
-    part = name.partition(".")[0]
-    return "backbone" if part in BESIDE_BACKBONE else part
-
-
-def not_finite_gradients(plans: list[Optimized], norms: list[Tensor]) -> tuple[str, ...]:
-    """Names of the parameters whose gradients are not finite, in the order in which they are computed from the loss."""
-    found = []
-    for plan, plan_norms in zip(plans, norms, strict=True):
-        names, _ = trained_gradients(plan.module)
-        found += [name for name, finite in zip(names, plan_norms.isfinite().tolist(), strict=True) if not finite]
-    return tuple(reversed(found))
-
-
-def trained_gradients(module: nn.Module) -> tuple[list[str], list[Tensor]]:
-    """Names and gradients of the parameters that have one; of sharded ones what this rank holds."""
-    pairs = [(name, own_part(p.grad)) for name, p in module.named_parameters() if p.grad is not None]
-    return [name for name, _ in pairs], [gradient for _, gradient in pairs]
-
-
-def gradient_norms(module: nn.Module) -> Tensor:
-    """(P,) L2 norm of each gradient, in the order of `trained_gradients`; of the whole where it is sharded."""
-    _, gradients = trained_gradients(module)
-    norms = torch.stack(torch._foreach_norm(gradients))
-    sharded = [is_sharded(p.grad) for p in module.parameters() if p.grad is not None]
-    if not any(sharded):
-        return norms
-    if not all(sharded):
-        raise ValueError("a network is sharded as a whole or not at all")
-    return sum_over_ranks(norms.square()).sqrt()

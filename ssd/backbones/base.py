@@ -11,6 +11,7 @@ from timm.layers import DropPath
 from timm.layers.drop import DropBlock2d
 from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ssd.batch import Tokens
 from ssd.errors import UserError
@@ -197,6 +198,18 @@ class Backbone(Recorded, nn.Module):
                     f"{by} needs a backbone that can {ABILITIES[ability]} ('{ability}'), "
                     f"which {type(self).__name__} '{self.name}' cannot. {self.instead(ability)}"
                 )
+
+    def last_block(self, until: int | None) -> int:
+        """The number of the last block to run. Raises UserError where there is none of that number."""
+        if until is not None and not 1 <= until <= self.num_blocks:
+            raise UserError(f"until is {until}, expected a block of '{self.name}': 1 to {self.num_blocks}.")
+        return self.num_blocks if until is None else until
+
+    def run(self, block: nn.Module, *inputs: Any, **place: Any) -> Tensor:
+        """A block's output, kept for the backward pass or, where the backbone saves memory, computed again there."""
+        if getattr(self, "activation_checkpointing", False) and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, **place)
+        return block(*inputs, **place)
 
     def refuse(self, **asked: Any) -> None:
         """Raise UserError for the first ability of which something is asked that is not None or empty."""

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ssd.backbones.base import Attention, Backbone, say_padding, tap_names
 from ssd.backbones.rotary import RotaryBlock, RotaryPositions, border_places, grid_places, normalised
@@ -165,9 +164,7 @@ class RotaryViT(Backbone):
         self.refuse(keep=keep)
         if masked is not None:
             raise UserError(f"'{self.name}' has no mask token to put in place of patches. Give the `visible` ones.")
-        last = self.num_blocks if until is None else until
-        if not 1 <= last <= self.num_blocks:
-            raise UserError(f"until is {until}, expected a block of '{self.name}': 1 to {self.num_blocks}.")
+        last = self.last_block(until)
         wanted = tap_names([tap for tap in taps if tap not in BEFORE_BLOCKS], last, self.num_blocks, self.name)
         if any("." in name for name in wanted):
             raise UserError(f"'{self.name}' answers whole blocks. Tap a number, or a name such as block3.")
@@ -175,10 +172,7 @@ class RotaryViT(Backbone):
         grid, sequence, rope = self.embed(x, visible)
         tapped: dict[str, Tensor] = {"block0": sequence} if set(taps) & set(BEFORE_BLOCKS) else {}
         for number, block in enumerate(self.blocks[:last], 1):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                sequence = checkpoint(block, sequence, rope, use_reentrant=False)
-            else:
-                sequence = block(sequence, rope)
+            sequence = self.run(block, sequence, rope)
             if f"block{number}" in wanted:
                 tapped[f"block{number}"] = sequence
         return replace(self.tokens_at(sequence, grid), taps=tapped)

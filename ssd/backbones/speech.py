@@ -104,9 +104,7 @@ class Sounds(Backbone, ABC):
     ) -> Tokens:
         """As `Backbone.forward`, of sounds (B, S) or `Padded`. Taps are (B, N, D); "block3.mlp" is what the MLP adds."""
         self.refuse(visible=visible, keep=keep)
-        last = self.num_blocks if until is None else until
-        if not 1 <= last <= self.num_blocks:
-            raise UserError(f"until is {until}, expected a block of '{self.name}': 1 to {self.num_blocks}.")
+        last = self.last_block(until)
         wanted = tap_names(taps, last, self.num_blocks, self.name)
         tokens, valid = self.embed(x)
         return self.encode(tokens, valid, self.grid_of(x), masked, mask_token, wanted, last)

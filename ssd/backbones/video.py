@@ -13,7 +13,6 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ssd.backbones.base import Backbone, tap_names
 from ssd.backbones.drop_path import set_drop_path
@@ -188,9 +187,7 @@ class VideoViT(Backbone):
         self.check_input(x)
         self.refuse(keep=keep)
         self.use_fitting_attention(x)
-        last = self.num_blocks if until is None else until
-        if not 1 <= last <= self.num_blocks:
-            raise UserError(f"until is {until}, expected a block of '{self.name}': 1 to {self.num_blocks}.")
+        last = self.last_block(until)
         wanted = tap_names([tap for tap in taps if tap not in BEFORE_BLOCKS], last, self.num_blocks, self.name)
 
         grid, sequence, place = self.embed(x, masked, mask_token, visible)
@@ -198,10 +195,8 @@ class VideoViT(Backbone):
         for number, block in enumerate(self.blocks[:last], 1):
             if f"block{number}.mlp" in wanted:
                 sequence, tapped[f"block{number}.mlp"] = block_and_mlp(block, sequence, place)
-            elif self.activation_checkpointing and torch.is_grad_enabled():
-                sequence = checkpoint(block, sequence, use_reentrant=False, **place)
             else:
-                sequence = block(sequence, **place)
+                sequence = self.run(block, sequence, **place)
             if f"block{number}" in wanted:
                 tapped[f"block{number}"] = sequence
         return replace(self.tokens_at(sequence, grid), taps=tapped)

@@ -11,7 +11,6 @@ from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ssd.backbones.base import Attention, Backbone, create, say_padding, tap_names
 from ssd.backbones.drop_path import SUBSET, set_drop_path
@@ -169,9 +168,7 @@ class ViT(Backbone):
         what is answered went through the final norm, also after an early stop."""
         self.check_input(x)
         self.use_fitting_attention(x)
-        last = self.num_blocks if until is None else until
-        if not 1 <= last <= self.num_blocks:
-            raise UserError(f"until is {until}, expected a block of '{self.name}': 1 to {self.num_blocks}.")
+        last = self.last_block(until)
         wanted = tap_names([tap for tap in taps if tap not in BEFORE_BLOCKS], last, self.num_blocks, self.name)
 
         keep = keep or {}
@@ -193,7 +190,7 @@ class ViT(Backbone):
             if f"block{number}.mlp" in wanted:
                 sequence, tapped[f"block{number}.mlp"] = block_and_mlp(block, sequence, place)
             else:
-                sequence = self.run(block, sequence, place)
+                sequence = self.run(block, sequence, **place)
             if f"block{number}" in wanted:
                 tapped[f"block{number}"] = sequence
 
@@ -229,16 +226,11 @@ class ViT(Backbone):
         # a look at a few pictures is no reason to compile for their shape
         with torch.compiler.set_stance("force_eager"):
             for block, place in zip(self.blocks[:-1], places[:-1]):
-                sequence = self.run(block, sequence, place)
+                sequence = self.run(block, sequence, **place)
             shares = attention_of(self.blocks[-1], sequence, places[-1])[..., self.num_prefix :]  # (B, heads, n, N)
         if self.model.cls_token is not None:
             return Attention(shares[:, :, 0], grid, "class token")
         return Attention(shares[:, :, self.num_prefix :].mean(2), grid, "mean of the patches")
-
-    def run(self, block: nn.Module, sequence: Tensor, place: dict[str, Any]) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, sequence, use_reentrant=False, **place)
-        return block(sequence, **place)
 
     def embed(
         self, x: Tensor, masked: Tensor | None, mask_token: Tensor | None, visible: Tensor | None
