@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from ssd.backbones.base import Backbone
 from ssd.backbones.convnet import ConvNet
@@ -40,3 +41,14 @@ def tiny_swin(name: str = "swin_tiny_patch4_window7_224", seed: int = 0, **setti
 
 def pictures(channels: int = 3, size: int = 32) -> Tensor:
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def same(ours, reference, size: int = 32) -> None:
+    x = pictures(reference.in_chans, size)
+    assert_close(ours.eval()(x).patches, reference(x).patches, atol=0, rtol=0)
+    assert_close(ours(x).pooled(), reference(x).pooled(), atol=0, rtol=0)
+
+
+def again(reference: ViT, weights, **settings) -> ViT:
+    arguments = {**TINY, **settings.pop("arguments", {})}
+    return ViT(reference.name, weights=str(weights), arguments=arguments, **settings)
