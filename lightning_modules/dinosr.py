@@ -155,7 +155,7 @@ class DinoSR(SelfDistillation):
         return self.student.backbone.model.front.parameters() if self.frozen else ()
 
     def targets(self, batch: Batch) -> Targets:
-        frames, valid = self.student(sounds_of(batch))
+        frames, valid = self.student(batch.seen("global"))
         _, taps = self.teacher(frames, valid, self.taps)
         places, real = batch.masks["global"].places()
         features = torch.stack(
@@ -175,7 +175,7 @@ class DinoSR(SelfDistillation):
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         masks = batch.masks["global"]
         places, real = masks.places()
-        logits = self.student(sounds_of(batch), masks.boolean[0], places)  # (R, K, V)
+        logits = self.student(batch.seen("global"), masks.boolean[0], places)  # (R, K, V)
         error = F.cross_entropy(logits.float().flatten(0, 1), targets.codes.flatten(), reduction="none")
         error = error.unflatten(0, logits.shape[:2]).mean(1)  # (R,)
         return {"codes": torch.where(real, error, 0).sum() / targets.masked.clamp_min(1)}
@@ -197,11 +197,6 @@ class DinoSR(SelfDistillation):
 
     def diagnostics(self, report: StepReport) -> dict[str, float]:
         return {f"train/codebooks/{name}": value for name, value in report.measures.items()}
-
-
-def sounds_of(batch: Batch) -> Padded:
-    """The one view of each sound."""
-    return Padded(batch.views["global"][0], batch.valid["global"][0])
 
 
 def over_time(backbone: Backbone, views: Views) -> Sounds:

@@ -125,6 +125,11 @@ class Batch:
         """Samples on this rank in this slice, B."""
         return len(self.index)
 
+    def seen(self, kind: str, number: int = 0) -> Any:
+        """One view of each sample as a backbone takes it: a tensor (B, ...), or sounds with what is padding."""
+        view = self.views[kind][number]
+        return Padded(view, self.valid[kind][number]) if kind in self.valid else view
+
     def part(self, number: int, of: int) -> "Batch":
         """Slice `number` of `of` equal slices along B; `total` stays that of the whole step."""
         if of == 1:

@@ -8,7 +8,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssd.batch import Padded, network_input
+from ssd.batch import Padded, Tokens, network_input
 from ssd.distributed import gather_objects, gather_rows
 from ssd.errors import UserError
 from ssd.frames import Frames
@@ -105,19 +105,33 @@ def pixels(loader: Iterable[Mapping[str, Tensor]]) -> Features:
 
 def log_mel_statistics(loader: Iterable[Mapping[str, Tensor]], rate_hz: int) -> Features:
     """Mean and standard deviation over time of each mel band, dB, (B, 2 MELS): what a network over sounds has to beat."""
-    size, hop = window_and_hop(rate_hz)
-    frames, filters = Frames(((size, hop),)), mel_filters(size, rate_hz)
+    windows = log_mel_windows(rate_hz)
 
     def statistics(sounds: Padded) -> Tensor:
-        samples = F.pad(sounds.samples, (0, max(0, size - sounds.samples.shape[1])))
-        levels = log_mel_inside(samples, filters, size, hop)  # (B, T, MELS)
-        counts = frames.counts(sounds.valid.sum(1)).clamp_min(1)[:, None, None]
-        share = (torch.arange(levels.shape[1])[:, None] < counts).float()
-        mean = (levels * share).sum(1, keepdim=True) / counts
-        variance = ((levels - mean).square() * share).sum(1, keepdim=True) / counts
+        tokens = windows(sounds)
+        assert tokens.valid is not None, "windows of padding are known"
+        share = tokens.valid.float()[:, :, None]
+        counts = share.sum(1, keepdim=True)
+        mean = (tokens.patches * share).sum(1, keepdim=True) / counts
+        variance = ((tokens.patches - mean).square() * share).sum(1, keepdim=True) / counts
         return torch.cat([mean, variance.sqrt()], dim=2).flatten(1)
 
     return extract(statistics, loader)  # type: ignore[arg-type]
+
+
+def log_mel_windows(rate_hz: int) -> Callable[[Padded], Tokens]:
+    """Sounds as windows of 25 ms, the levels of their mel bands in dB as features; one at least counts in each sound."""
+    size, hop = window_and_hop(rate_hz)
+    frames, filters = Frames(((size, hop),)), mel_filters(size, rate_hz)
+
+    def windows(sounds: Padded) -> Tokens:
+        samples = F.pad(sounds.samples, (0, max(0, size - sounds.samples.shape[1])))
+        levels = log_mel_inside(samples, filters.to(samples.device), size, hop)  # (B, T, MELS)
+        counts = frames.counts(sounds.valid.sum(1)).clamp_min(1)
+        valid = torch.arange(levels.shape[1], device=samples.device) < counts[:, None]
+        return Tokens(patches=levels, grid=(levels.shape[1],), valid=valid)
+
+    return windows
 
 
 def without_a_network(loader: Iterable[Mapping[str, Tensor]], views: Views) -> Features:

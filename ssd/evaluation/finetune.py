@@ -48,14 +48,15 @@ class Recipe:
 
     Args:
         epochs: null = 30, or as many as make 400 steps.
-        batch_size: at most so many pictures a step; steps of an epoch are of equal size.
+        batch_size: at most so many samples a step; steps of an epoch are of equal size.
         lr: of the head at its peak; what lies below it learns at `layer_decay` of that, block after block; null = 1e-4, and
             1e-3 for random weights.
         warmup: share of the steps in which the learning rate rises.
         layer_decay: in (0, 1]; 1 = the same rate everywhere; null = 0.75, and 1 for random weights.
         weight_decay: of all but biases and vectors.
         drop_path: share of samples whose residual branch is skipped in the last block.
-        mixup, cutmix: parameter of the beta distribution that pictures are mixed by; 0 = not.
+        mixup, cutmix: parameter of the beta distribution that pictures are mixed by; 0 = not. Clips know mixup alone, sounds
+            neither.
         label_smoothing: share of a label that is spread over all classes.
         ema: momentum of the average of the weights that is judged in place of the weights; 0 = none.
         head: "linear" begins with logistic regression on the frozen features, "zero" with zeros; null = linear, and zero on
@@ -97,10 +98,10 @@ class Recipe:
         check("precision", self.precision, self.precision in ("32-true", "bf16-mixed"), "32-true or bf16-mixed")
 
     def length(self, samples: int) -> tuple[int, int, int]:
-        """Epochs, steps of an epoch, and pictures of a step, for so many labelled samples."""
+        """Epochs, steps of an epoch, and samples of a step, for so many labelled samples."""
         steps = math.ceil(samples / self.batch_size)
         batch = max(2, samples // steps)
-        batch -= batch % 2 if self.mixes else 0  # pictures are mixed in pairs
+        batch -= batch % 2 if self.mixes else 0  # samples are mixed in pairs
         steps = samples // batch
         return self.epochs or max(EPOCHS, math.ceil(LEAST_STEPS / steps)), steps, batch
 
@@ -130,9 +131,9 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """(B, C, H, W) -> logits (B, num_classes)."""
-        return self.head(self.backbone(pictures).pooled())
+    def forward(self, samples: Any) -> Tensor:
+        """What the backbone takes of B samples, pictures (B, C, H, W) for instance -> logits (B, num_classes)."""
+        return self.head(self.backbone(samples).pooled())
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ class Training:
                     schedule(optimizer, value_at(rate, done, epochs * steps, steps), recipe.weight_decay)
                     given = self.data.finish(given.to(device))
                     assert given.label is not None, "samples to train on have labels"
-                    loss = self.loss(network, given.views["global"][0], given.label, mix)
+                    loss = self.loss(network, given.seen("global"), given.label, mix)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     optimizer.step()
@@ -325,14 +326,14 @@ class Training:
         network.load_state_dict(best)
         return network.cpu().eval(), curve
 
-    def loss(self, network: Classifier, pictures: Tensor, labels: Tensor, mix: Mixup | None) -> Tensor:
-        """Mean cross-entropy of (B, C, H, W) and (B,), in nats; against mixed labels where pictures are mixed."""
+    def loss(self, network: Classifier, samples: Any, labels: Tensor, mix: Mixup | None) -> Tensor:
+        """Mean cross-entropy of B samples and (B,), in nats; against mixed labels where samples are mixed."""
         targets = labels
         if mix is not None:
-            pictures, targets = mix(pictures, labels)  # (B, num_classes)
+            samples, targets = mix(samples, labels)  # (B, num_classes)
         kind = AUTOCAST[self.recipe.precision]
         with torch.autocast(self.device.type, kind, enabled=kind is not None):
-            logits = network(pictures)
+            logits = network(samples)
         smoothing = self.recipe.label_smoothing if mix is None else 0.0
         return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
@@ -367,7 +368,7 @@ def begin_linear(
     network: Classifier, looks: Iterable[Mapping[str, Tensor]], device: torch.device, precision: str, l2: float = 1.0
 ) -> None:
     """Sets the head to logistic regression on the frozen features, as few-label probes fit it."""
-    found = extract(lambda pictures: network.eval().backbone(pictures).pooled(), looks, device, precision)
+    found = extract(lambda samples: network.eval().backbone(samples).pooled(), looks, device, precision)
     width = found.features.shape[1]
     # what standardises the features is affine, and so is the head: known from the origin and the unit vectors
     corners = torch.cat([torch.zeros(1, width), torch.eye(width)])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssd.errors import UserError
 from ssd.evaluation.answers import Answers, Cell, compared, over_initialisations, probe_answers
-from ssd.evaluation.features import Features, extract, pixels
+from ssd.evaluation.features import Features, extract, name_without_a_network, without_a_network
 from ssd.evaluation.finetune import Recipe
 from ssd.evaluation.protocol import chance_level
 from ssd.record import describe
@@ -21,12 +21,14 @@ from ssd.verbs.check_data import cores, count
 from ssd.verbs.duplicates import Duplicates, find_duplicates
 from ssd.verbs.export import data_named
 from ssd.verbs.extraction import add_extraction, check_device
-from ssd.verbs.finetune import SHARES, share_of_labels, supervised_views
-from ssd.verbs.loading import load_data
+from ssd.verbs.finetune import SHARES, share_of_labels
+from ssd.verbs.loading import load_data, of_pictures
 from ssd.verbs.starts import NETWORK, RANDOM, Start, load_start
 from ssd.verbs.study import Study
+from ssd.verbs.supervised import supervised_views
 
-PIXELS = "pixels"
+SAMPLES = ("pixels", "log-mel")
+"""Names of the samples themselves: of pictures and clips, and of sounds."""
 
 
 def run(argv: list[str]) -> int:
@@ -44,10 +46,10 @@ def run(argv: list[str]) -> int:
     asking = Asking(chosen, stored, arguments)
     rows: dict[str, dict[str, Answers]] = {}
     for name, start in starts.items():
-        rows[name] = asking.answers(name, start or first, as_pixels=start is None)
+        rows[name] = asking.answers(name, start or first, alone=start is None)
     data = asking.data(first)
     duplicates = None
-    if not arguments.skip_duplicates:
+    if not arguments.skip_duplicates and of_pictures(data):
         known = {name: start.about for name, start in starts.items() if start is not None and start.weights is not None}
         duplicates = find_duplicates(data, known, arguments.workers)
 
@@ -93,7 +95,8 @@ def options() -> Parser:
         "starts",
         nargs="+",
         metavar="START",
-        help=f"{NETWORK}; random = the first network with random weights; pixels = the pictures themselves",
+        help=f"{NETWORK}; random = the first network with random weights; pixels or, of sounds, log-mel = the samples "
+        "themselves",
     )
     parser.add_argument("--baseline", metavar="START", help="what the others are compared with; default: the first")
     parser.add_argument(
@@ -111,7 +114,11 @@ def options() -> Parser:
         help="also train on these shares of the labels, as ssd finetune does with its defaults; alone: 0.01 0.1 1.0",
     )
     parser.add_argument("--epochs", type=at_least_one, help="of --finetune; default: as ssd finetune")
-    parser.add_argument("--skip-duplicates", action="store_true", help="do not look for test pictures seen before")
+    parser.add_argument(
+        "--skip-duplicates",
+        action="store_true",
+        help="do not look for test pictures seen before; clips and sounds are not looked through",
+    )
     parser.add_argument(
         "--workers",
         type=count,
@@ -124,11 +131,11 @@ def options() -> Parser:
 
 
 def load_starts(names: list[str]) -> dict[str, Start | None]:
-    """Name -> start, None for pixels. Raises UserError for one that is given twice, or where there is no network."""
+    """Name -> start, None for the samples themselves. Raises UserError for one that is given twice, or without a network."""
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         raise UserError(f"{', '.join(twice)} is given more than once. Give each start once.")
-    networks = {name: load_start(name) for name in names if name not in (PIXELS, RANDOM)}
+    networks = {name: load_start(name) for name in names if name not in (*SAMPLES, RANDOM)}
     if not networks:
         raise UserError(
             f"{' and '.join(names)} alone say nothing of size and channels. Give a network too: a checkpoint, an exported "
@@ -136,7 +143,7 @@ def load_starts(names: list[str]) -> dict[str, Start | None]:
         )
     first = next(iter(networks.values()))
     return {
-        name: None if name == PIXELS else first.untrained(RANDOM) if name == RANDOM else networks[name]
+        name: None if name in SAMPLES else first.untrained(RANDOM) if name == RANDOM else networks[name]
         for name in names
     }
 
@@ -156,21 +163,24 @@ class Asking:
         self.bank_labels: Tensor
 
     def data(self, start: Start, **views: Any) -> Any:
-        return load_data(self.chosen, start.about | {"data": self.stored} | views, "compare", pictures=True)
+        return load_data(self.chosen, start.about | {"data": self.stored} | views, "compare")
 
-    def answers(self, name: str, start: Start, as_pixels: bool) -> dict[str, Answers]:
+    def answers(self, name: str, start: Start, alone: bool) -> dict[str, Answers]:
         data, arguments = self.data(start), self.arguments
         data.labelled_parts()
         loaders = data.test_dataloader()
-        if as_pixels:
-            return self.probed(name, *(pixels(loader) for loader in loaders))
+        if alone:
+            told = name_without_a_network(data.views)
+            if name != told:
+                raise UserError(f"'{name}' is not what {type(data).__name__} has. Use {told}: the samples themselves.")
+            return self.probed(name, *(without_a_network(loader, data.views) for loader in loaders))
         found = []
         for number in range(1 if start.weights is not None else arguments.seeds):
             backbone = start.backbone(arguments.seed + number).to(arguments.device)
             progress = f"{name} features" if sys.stderr.isatty() and sys.stdout.isatty() else None
             features = [
                 extract(
-                    lambda pictures: backbone(pictures).pooled(),  # noqa: B023
+                    lambda samples: backbone(samples).pooled(),  # noqa: B023
                     loader,
                     device=arguments.device,
                     precision=arguments.precision,

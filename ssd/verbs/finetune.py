@@ -19,18 +19,16 @@ from rich.table import Table
 from ssd.errors import UserError
 from ssd.evaluation.finetune import HEADS, Recipe
 from ssd.evaluation.intervals import Interval, accuracy_interval, difference_interval
-from ssd.record import build, describe
+from ssd.record import describe
 from ssd.summary import check_json, console, print_facts, shown, write_json
 from ssd.verbs.arguments import Parser, at_least_one, split_data
 from ssd.verbs.extraction import check_device
 from ssd.verbs.loading import load_data
 from ssd.verbs.starts import NETWORK, Start, load_start
 from ssd.verbs.study import Place, Result, Study
-from ssd.views.recipes import CropViews, PlainViews
-from ssd.views.view import PictureViews, View
+from ssd.verbs.supervised import CROP, check_mixing, supervised_views
 
 SHARES = (0.01, 0.1, 1.0)
-CROP = 0.35
 
 
 def run(argv: list[str]) -> int:
@@ -48,7 +46,8 @@ def run(argv: list[str]) -> int:
         starts["random"] = start.untrained()
 
     views = supervised_views(start.about, arguments.crop, arguments.flip, arguments.jitter)
-    data = load_data(chosen, start.about | {"views": describe(views)}, "finetune", pictures=True)
+    check_mixing(recipe, views)
+    data = load_data(chosen, start.about | {"views": describe(views)}, "finetune")
     study = Study(data, recipe, arguments.device, arguments.out, "finetune")
     study.open_folder(start, kept=Place(next(iter(starts)), shares[-1], arguments.seed))
     try:
@@ -223,8 +222,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--drop-path", type=float, default=0.0, help="in the last block; default: 0, for a large ViT 0.1"
     )
-    group.add_argument("--mixup", type=float, default=0.0, help="alpha; default: 0, for much data 0.8")
-    group.add_argument("--cutmix", type=float, default=0.0, help="alpha; default: 0, for much data 1.0")
+    group.add_argument("--mixup", type=float, default=0.0, help="alpha, not of sounds; default: 0, for much data 0.8")
+    group.add_argument("--cutmix", type=float, default=0.0, help="alpha, of pictures; default: 0, for much data 1.0")
     group.add_argument("--label-smoothing", type=float, default=0.0, help="default: 0, for much data 0.1")
     group.add_argument(
         "--ema", type=float, default=0.0, help="momentum of averaged weights, as 0.999; default: 0, none"
@@ -248,12 +247,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         choices=["32-true", "bf16-mixed"],
         help="default: bf16-mixed on a GPU, else 32-true",
     )
-    views = parser.add_argument_group("views")
-    views.add_argument(
-        "--crop", type=float, default=CROP, help=f"smallest share of a picture in a view; default: {CROP:g}"
-    )
+    views = parser.add_argument_group("views", "of pictures and clips; those of sounds are the checkpoint's")
+    views.add_argument("--crop", type=float, help=f"smallest share of a picture in a view; default: {CROP:g}")
     views.add_argument("--flip", type=float, help="probability; default: the checkpoint's, 0.5 where none is known")
-    views.add_argument("--jitter", type=float, default=0.0, help="of brightness, contrast and saturation; default: 0")
+    views.add_argument("--jitter", type=float, help="of brightness, contrast and saturation; default: 0")
 
 
 def share_of_labels(text: str) -> float:
@@ -272,26 +269,3 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 def start_name(start: Start) -> str:
     return "random" if start.weights is None else "pretrained"
-
-
-def supervised_views(
-    about: Mapping[str, Any], crop: float = CROP, flip: float | None = None, jitter: float = 0.0
-) -> CropViews:
-    """Views for labels at the network's own size, with what a checkpoint's views take for the same picture."""
-    own = build(about["views"])
-    if not isinstance(own, PictureViews):
-        raise UserError(
-            f"ssd finetune is for pictures, and the network's views are {type(own).__name__}. Use ssd probe."
-        )
-    # what a network is given to look at alone says nothing of what shows the same
-    same = View(own.size, flip=0.5) if isinstance(own, PlainViews) else own.kinds()["global"][0]
-    return CropViews(
-        size=own.evaluation_lengths[0],
-        evaluation_size=own.evaluation_size,
-        evaluation_crop=own.evaluation_crop,
-        scale=(crop, 1.0),
-        flip=same.flip if flip is None else flip,
-        jitter=(jitter, jitter, jitter, 0.0),
-        rotate=same.rotate,
-        shear=same.shear,
-    )

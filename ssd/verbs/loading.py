@@ -21,10 +21,10 @@ def load_module(path: str | Path) -> tuple[Any, dict[str, Any]]:
     return module.eval(), checkpoint["ssd"]
 
 
-def load_data(arguments: list[str], about: dict[str, Any], verb: str, pictures: bool = False) -> Any:
+def load_data(arguments: list[str], about: dict[str, Any], verb: str) -> Any:
     """The datamodule that `--data ...` names, or the checkpoint's own, looked at as in training.
 
-    Views, channels and normalisation are the checkpoint's, whatever the data is. `pictures`: the verb is for them alone.
+    Views, channels and normalisation are the checkpoint's, whatever the data is.
     """
     for word in arguments:
         key = word.partition("=")[0]
@@ -37,8 +37,6 @@ def load_data(arguments: list[str], about: dict[str, Any], verb: str, pictures: 
     data, _ = parsed(arguments, verb, stored=about.get("data"), own=own)
     if data is None:
         raise UserError(f"the checkpoint does not say which data it learned from. ssd {verb} needs --data.")
-    if pictures:
-        check_pictures(data, verb)
     data.prepare(build(about["views"]))
     return data
 
@@ -57,11 +55,16 @@ def typed_data(arguments: list[str], verb: str) -> tuple[Any, Views]:
     return data, views_named(views)
 
 
-def check_pictures(data: Any, verb: str) -> None:
-    """Raises UserError for data that is no pictures, which a verb does not know how to show or to judge."""
+def of_pictures(data: Any) -> bool:
+    """Whether a datamodule is one of pictures."""
     from datamodules.pictures import PictureData
 
-    if not isinstance(data, PictureData):
+    return isinstance(data, PictureData)
+
+
+def check_pictures(data: Any, verb: str) -> None:
+    """Raises UserError for data that is no pictures, which a verb does not know how to show or to judge."""
+    if not of_pictures(data):
         raise UserError(f"ssd {verb} is for pictures, and the data is {type(data).__name__}. Give it data of pictures.")
 
 

@@ -1,4 +1,4 @@
-"""The measures of `ssd probe` that need every patch of every sample: the attentive probe and segmentation."""
+"""The measures of `ssd probe` that need more of every sample than pooled features: the attentive probe, segmentation, frames."""
 
 import tempfile
 from collections.abc import Callable
@@ -14,11 +14,15 @@ from ssd.data.label_maps import LabelMaps
 from ssd.data.sources import Source, Subset, held_out
 from ssd.errors import UserError
 from ssd.evaluation.attentive import attentive_numbers
+from ssd.evaluation.features import extract, log_mel_windows
+from ssd.evaluation.frame_probe import FRAMES, frame_features, frame_numbers, frames_of_clips
 from ssd.evaluation.patches import Patches, extract_patches
 from ssd.evaluation.protocol import Number
 from ssd.evaluation.segmentation import segmentation_numbers
-from ssd.verbs.loading import check_pictures
+from ssd.verbs.loading import check_pictures, of_pictures
 from ssd.views.geometry import evaluation_map
+from ssd.views.sound import SoundViews
+from ssd.views.view import Views
 
 TEST_SHARE = 0.2
 """Of pictures that come without a held-out part."""
@@ -78,6 +82,31 @@ def segmentation_of(
         return segmentation_numbers(
             train.features, seen[0], test.features, seen[1], (rows, columns), seed=seed, progress=progress
         )
+
+
+def frames_of(
+    embed: Callable[[Any], Tokens], data: Any, seed: int = 0, progress: bool = False, **settings: Any
+) -> list[Number]:
+    """The probe of single frames of labelled clips or sounds, prepared. Raises UserError for pictures, and without labels."""
+    if of_pictures(data):
+        raise UserError(
+            f"--measures frames is for clips and sounds, and the data is {type(data).__name__}. Leave it out."
+        )
+
+    def features(samples: Any) -> Tensor:
+        return frame_features(embed(samples)).flatten(1)
+
+    train, test = (
+        extract(features, loader, progress=bar("frames", progress), **settings) for loader in data.test_dataloader()
+    )
+    known, asked = train.labels >= 0, test.labels >= 0
+    both = [each.unflatten(1, (FRAMES, -1)) for each in (train.features[known], test.features[asked])]
+    return frame_numbers(both[0], train.labels[known], both[1], test.labels[asked], seed=seed)
+
+
+def samples_alone(views: Views) -> Callable[[Any], Tokens]:
+    """Frames of samples without a network."""
+    return log_mel_windows(views.rate_hz) if isinstance(views, SoundViews) else frames_of_clips
 
 
 def test_parts(data: Any) -> list[Source]:

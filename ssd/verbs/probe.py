@@ -40,14 +40,14 @@ from ssd.verbs.arguments import Parser, at_least_one, split_data
 from ssd.verbs.extraction import add_extraction, check_device
 from ssd.verbs.loading import load_data
 from ssd.verbs.networks import load_network
-from ssd.verbs.patch_probes import attentive_of, segmentation_of
+from ssd.verbs.patch_probes import attentive_of, frames_of, samples_alone, segmentation_of
 from ssd.views.recipes import PlainViews
 from ssd.views.sound import SoundViews
 
 OF_THE_NETWORK = ("outputs", "lidar", "dense")
 """Measures that need more than one output's features."""
-OF_PATCHES = ("attentive", "segmentation")
-"""Measures that need every patch of every sample."""
+OF_PATCHES = ("attentive", "segmentation", "frames")
+"""Measures that need more of every sample than pooled features."""
 
 
 def run(argv: list[str]) -> int:
@@ -58,7 +58,8 @@ def run(argv: list[str]) -> int:
         "then asks kNN, linear, logistic and few-label probes, the spectrum, which output serves kNN and the linear probe "
         "best (outputs), how well views of a sample keep together (lidar), and whether patches find their place again in "
         "another crop (dense). Named by --measures, also few-shot episodes, retrieval, out-of-distribution detection (ood), "
-        "calibration, clustering, an attentive probe and segmentation. Views and normalisation are the network's own.",
+        "calibration, clustering, an attentive probe, segmentation and, of clips and sounds, what single frames tell. Views and "
+        "normalisation are the network's own.",
         epilog="--data takes a path, a class name or a data config, and --data.KEY VALUE its settings, as in ssd fit; "
         "without it the checkpoint's own data is used. Features are kept on disk and read again when network, data, views, "
         "normalisation and precision are the same.",
@@ -174,6 +175,8 @@ def run(argv: list[str]) -> int:
         numbers += attentive_of(backbone, data, *every, **settings)
     if "segmentation" in arguments.measures:
         numbers += segmentation_of(backbone, data, arguments.labels, *every, **settings)
+    if "frames" in arguments.measures:
+        numbers += frames_of(backbone, data, *every, **settings)
     counts = f"{len(bank.labels)} training, {len(queries.labels)} test samples"
     if len(tables) == 1:
         counts = f"{len(bank.labels)} samples"
@@ -195,6 +198,8 @@ def run(argv: list[str]) -> int:
         )
         if "dense" in arguments.measures:
             add_dense(report, about, backbone, data, arguments.seed, **settings)
+        if "frames" in arguments.measures:
+            add_frames(report, about, backbone, data, arguments.seed, numbers, **settings)
         title = f"beside {next(iter(report))} and the untrained network"
         out.print(report_table(report, title=title))
         content["baselines"] = {name: {key: vars(n) for key, n in row.items()} for name, row in report.items()}
@@ -409,6 +414,23 @@ def add_dense(
     for name, number in found.items():
         if number is not None and all(found.values()):
             report[name]["dense"] = number
+
+
+def add_frames(
+    report: dict[str, dict[str, Number]],
+    about: dict[str, Any],
+    backbone: Any,
+    data: Any,
+    seed: int,
+    numbers: list[Number],
+    **settings: Any,
+) -> None:
+    """What single frames tell in each row of `compare_with_baselines`; `numbers` has those of the network itself."""
+    fresh = untrained(about, backbone, seed, settings["device"])
+    alone, before = (frames_of(embed, data, seed, **settings)[0] for embed in (samples_alone(data.views), fresh))
+    known = next(number for number in numbers if number.name == alone.name)
+    for row, number in zip(report.values(), (alone, before, known), strict=True):
+        row["frames"] = number
 
 
 def compare_with_baselines(

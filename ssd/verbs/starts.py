@@ -1,6 +1,7 @@
 """Where a comparison or a fine-tuning begins: learned weights by name, or the same network with random ones."""
 
 import hashlib
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ssd.backbones.base import Backbone
 from ssd.errors import UserError
-from ssd.record import build
+from ssd.record import build, import_class
 from ssd.verbs.networks import adapter, load_network, looks
 from ssd.weights.checkpoint import strict_load
 from ssd.weights.fingerprint import weights_fingerprint
@@ -31,7 +32,7 @@ class Start:
         name: as it was typed.
         about: how it looks at pictures and which data it knows, as `load_network` gives it.
         record: how its backbone is built.
-        weights: of its timm model; None = random ones.
+        weights: of its model; None = random ones.
     """
 
     name: str
@@ -41,7 +42,12 @@ class Start:
 
     def backbone(self, seed: int = 0, drop_path: float = 0.0) -> Backbone:
         """Random weights follow from the seed. Raises UserError where the network takes no drop path."""
-        record = {**self.record, "init_args": {**self.record["init_args"], "drop_path_rate": drop_path}}
+        settings = dict(self.record["init_args"])
+        if "drop_path_rate" in inspect.signature(import_class(self.record["class_path"])).parameters:
+            settings["drop_path_rate"] = drop_path
+        elif drop_path:
+            raise UserError(f"--drop-path is {drop_path:g}, and {self.name} has no blocks that it skips. Leave it out.")
+        record = self.record | {"init_args": settings}
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             backbone = build(record)

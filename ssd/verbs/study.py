@@ -20,10 +20,11 @@ from ssd.errors import UserError
 from ssd.evaluation.finetune import FineTuned, Labelled, Recipe, finetune, predict
 from ssd.evaluation.protocol import chance_level
 from ssd.evaluation.splits import balanced_draws, labels_per_class
-from ssd.record import differences
+from ssd.record import describe, differences
 from ssd.summary import write_json
-from ssd.verbs.export import data_named
+from ssd.verbs.export import LOOKS, data_named
 from ssd.verbs.starts import Start
+from ssd.views.view import WHOLE_SOUND
 from ssd.weights.classifier import export_classifier
 
 SAVE_EVERY_S = 20.0
@@ -93,7 +94,7 @@ class Study:
     """Fine-tunings on one data set, all judged on its held-out part.
 
     Args:
-        data: a datamodule of pictures, prepared with the views of the training.
+        data: a datamodule, prepared with the views of the training.
         out: folder for the network that is kept and for what is done; null = none.
         verb: that asks, for messages.
 
@@ -114,7 +115,7 @@ class Study:
         self.data, self.recipe, self.device = data, recipe, device
         self.folder = None if out is None else Path(out)
         self.kept: Place | None = None
-        if device != "cpu" and data.photometry == "auto":
+        if device != "cpu" and getattr(data, "photometry", None) == "auto":
             data.photometry = "device"
         samples = data.views_of(self.bank)
 
@@ -237,14 +238,16 @@ class Study:
     def export(self, found: FineTuned, place: Place, top1: float) -> None:
         assert self.folder is not None
         views = self.data.views
+        state = self.data.describe_state()
         export_classifier(
             found.network.cpu(),
             self.folder / "model",
-            mean=self.data.mean,
-            std=self.data.std,
-            input_size=views.evaluation_size,
-            crop=views.evaluation_crop,
+            lengths=views.evaluation_lengths or WHOLE_SOUND,
+            mean=state.get("mean"),
+            std=state.get("std"),
+            crop=getattr(views, "evaluation_crop", 1.0),
             classes=self.data.classes,
+            looks={"views": describe(views)} | {key: state[key] for key in LOOKS if key in state},
             card={
                 "training": str(place),
                 "protocol": found.protocol,

@@ -12,9 +12,9 @@ from ssd.backbones.convnet import ConvNet
 from ssd.backbones.vit import ViT
 from ssd.evaluation.finetune import Classifier
 from ssd.record import describe
-from ssd.verbs.finetune import supervised_views
 from ssd.verbs.loading import load_data
 from ssd.verbs.starts import load_start
+from ssd.verbs.supervised import supervised_views
 from ssd.views.recipes import DINOViews, PlainViews
 from ssd.weights.classifier import with_classifier
 from tests.verbs.conftest import typed
@@ -129,7 +129,7 @@ def folders(tmp_path) -> Path:
         (("nowhere.ckpt",), "there is no file nowhere.ckpt"),
         (("random:timm:resnet5000",), "timm has no model named 'resnet5000'"),
         (("RUN", "--out", "FOLDER"), "exists and holds no trainings"),
-        (("RUN", "--data", "Sound", "--data.path", "FOLDER"), "ssd finetune is for pictures, and the data is Sound"),
+        (("RUN", "--data", "Sound", "--data.path", "FOLDER"), "Sound makes views by SoundViews"),
         (("RUN", "--data.channels", "3"), "--data.channels is the checkpoint's own"),
     ],
 )

@@ -4,11 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from ssd.batch import network_input
 from ssd.configs_path import config_file
 from ssd.data.tones import write_tones
+from ssd.verbs.loading import load_data
+from ssd.verbs.starts import load_start
 from tests.verbs.conftest import Run, typed
 
 ON_CPU = ("--device", "cpu")
@@ -50,6 +54,16 @@ def test_probes_stand_beside_log_mel_statistics(sounds, tmp_path):
     assert all(0 <= row["knn"]["value"] <= 1 for row in rows.values())
 
 
+def test_single_frames_are_probed_beside_log_mel_windows(sounds, tmp_path):
+    words = ("--measures", "frames", "--baselines", "--draws", 2, "--cache", "none", "--json", tmp_path / "p.json")
+    said = typed("probe", sounds.last, *words, *ON_CPU)
+    assert said.status == 0, said.err
+    content = json.loads((tmp_path / "p.json").read_text())
+    assert [number["name"] for number in content["numbers"]] == ["frames/top1", "frames/added_top1"]
+    frames = {name: row["frames"]["value"] for name, row in content["baselines"].items()}
+    assert frames["pretrained"] == content["numbers"][0]["value"] and len(set(frames.values())) == 3
+
+
 def test_the_export_embeds_what_the_checkpoint_does(sounds, tmp_path):
     """Sounds of several lengths, each pooled over what is no padding."""
     assert typed("export", sounds.last, "--out", tmp_path / "export").status == 0
@@ -78,13 +92,53 @@ def test_a_plan_and_a_report_of_sounds(sounds, tmp_path):
     assert said.status == 0, said.err
 
 
-@pytest.mark.parametrize(
-    "words", [("look", "--show", "pca"), ("compare", "random"), ("finetune",)], ids=lambda words: words[0]
-)
-def test_what_is_for_pictures_alone_says_so(sounds, words, tmp_path, monkeypatch):
+def test_what_is_for_pictures_alone_says_so(sounds, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = typed(words[0], sounds.last, *words[1:])
+    said = typed("look", sounds.last, "--show", "pca")
     assert said.status == 2 and "is for pictures" in said.err and said.err.count("\n") == 1
+
+
+def test_fine_tuned_on_labels_and_loaded_with_its_head(sounds, tmp_path):
+    words = ("--shares", 0.5, "--seeds", 1, "--epochs", 2, "--baseline", "--json", tmp_path / "f.json", *ON_CPU)
+    said = typed("finetune", sounds.last, *words, "--out", tmp_path / "out")
+    assert said.status == 0, said.err
+    content = json.loads((tmp_path / "f.json").read_text())
+    assert [row["start"] for row in content["rows"]] == ["pretrained", "random"] and content["classes"] == 12
+    scope: dict = {}
+    exec("\n".join(content["model"]["lines"]), scope)
+    model = scope["model"].eval()
+    data = load_data([], load_start(sounds.last).about, "finetune")
+    with torch.no_grad():
+        answers = torch.cat([model(network_input(batch)).argmax(1) for batch in data.test_dataloader()[-1]])
+    stored = json.loads((tmp_path / "out" / "runs" / "pretrained-50pct-seed0.json").read_text())["predictions"]
+    assert (answers != torch.tensor(stored)).sum() <= 1, "but for ties: batches are of another size"
+    assert load_start(str(tmp_path / "out" / "model")).weights is not None, "a start again, without its head"
+    again = typed("finetune", sounds.last, *words, "--out", tmp_path / "out")
+    assert again.status == 0 and again.err == "", "nothing was trained again"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--flip", "0.5", "--crop", "0.5"), "--crop, --flip: sounds have no such thing"),
+        (("--mixup", "0.8"), "mix pictures, and these are sounds"),
+        (("--drop-path", "0.1"), "has no blocks that it skips"),
+    ],
+)
+def test_settings_that_sounds_do_not_have_are_refused(sounds, words, message):
+    said = typed("finetune", sounds.last, *words, *ON_CPU)
+    assert said.status == 2 and message in said.err and said.err.count("\n") == 1, said.err
+
+
+def test_compared_with_random_weights_and_log_mel_statistics(sounds, tmp_path):
+    words = ("--draws", 2, "--seeds", 1, "--json", tmp_path / "c.json", *ON_CPU)
+    said = typed("compare", sounds.last, "random", "log-mel", *words)
+    assert said.status == 0, said.err
+    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert list(rows) == [str(sounds.last), "random", "log-mel"]
+    assert all(0 <= cell["value"] <= 1 for row in rows.values() for cell in row.values())
+    said = typed("compare", sounds.last, "pixels", *words)
+    assert said.status == 2 and "'pixels' is not what Sound has. Use log-mel" in said.err
 
 
 def test_tones_are_the_same_for_the_same_seed_and_tell_their_class_by_order(tmp_path):

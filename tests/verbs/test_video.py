@@ -61,11 +61,12 @@ def last(folder: Path) -> str:
 
 
 def test_probe_judges_clips_beside_the_mean_of_their_frames(folder, tmp_path):
-    words = ("--measures", "knn", "outputs", "--baselines", "--cache", "none", "--draws", 2)
+    words = ("--measures", "knn", "outputs", "frames", "--baselines", "--cache", "none", "--draws", 2)
     said = typed("probe", last(folder), *words, "--json", tmp_path / "probe.json")
     assert said.status == 0, said
     found = json.loads((tmp_path / "probe.json").read_text())
     assert set(found["baselines"]) == {"pixels", "untrained", "pretrained"} and "mean_patch" in said.out
+    assert all("frames" in row for row in found["baselines"].values())
     _, about = load_module(last(folder))
     loader = load_data([], about, "probe").test_dataloader()[1]
     raw = pixels(loader).features
@@ -90,6 +91,22 @@ def test_embed_export_and_look_take_clips(folder, tmp_path):
     assert said.status == 0 and "1 global of 4 frames of 16 px" in said.out, said
     strip = np.asarray(Image.open(tmp_path / "look.png"))
     assert strip.shape[0] > 2 * 40
+
+
+def test_clips_are_fine_tuned_and_compared(folder, tmp_path):
+    words = ("--shares", 1.0, "--seeds", 1, "--epochs", 1, "--mixup", 0.8, "--jitter", 0.2, "--device", "cpu")
+    said = typed("finetune", last(folder), *words, "--out", tmp_path / "out", "--json", tmp_path / "f.json")
+    assert said.status == 0 and "Classifier(build(" in said.out, said
+    content = json.loads((tmp_path / "f.json").read_text())
+    assert content["model"]["difference"] < 1e-4 and content["classes"] == len(MOTIONS)
+    views = content["settings"]["views"]["init_args"]
+    assert (
+        views["global_scale"] == [0.35, 1.0] and views["jitter"] == [0.2, 0.2, 0.2, 0.0] and views["global_frames"] == 4
+    )
+    said = typed("finetune", last(folder), "--cutmix", 1.0)
+    assert said.status == 2 and "these are clips. Use --mixup" in said.err, said
+    said = typed("compare", last(folder), "pixels", "--draws", 2, "--device", "cpu", "--json", tmp_path / "c.json")
+    assert said.status == 0 and "pixels" in said.out, said
 
 
 @pytest.mark.parametrize("verb", ["plan", "doctor", "report"])
