@@ -167,6 +167,10 @@ class EvaluationClips(Dataset[dict[str, Any] | None]):
     def __init__(self, clips: ClipReader, views: ClipViews, broken: BrokenSamples):
         self.clips, self.views, self.broken = clips, views, broken
 
+    @property
+    def source(self) -> Source:
+        return self.clips.source
+
     def __len__(self) -> int:
         return len(self.clips)
 

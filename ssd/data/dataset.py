@@ -14,6 +14,7 @@ from ssd.data.broken import UNREADABLE, BrokenSamples, readable
 from ssd.data.cache import Pictures
 from ssd.data.parcel import Parcel
 from ssd.data.sampler import Draws
+from ssd.data.sources import Source
 from ssd.errors import UserError
 from ssd.masking.batch import MaskPlan
 from ssd.memory import keep_freed_memory
@@ -154,6 +155,10 @@ class EvaluationPictures(Dataset[dict[str, Any] | None]):
     def __init__(self, pictures: Pictures, views: PictureViews, broken: BrokenSamples):
         self.pictures, self.views, self.broken = pictures, views, broken
 
+    @property
+    def source(self) -> Source:
+        return self.pictures.source
+
     def __len__(self) -> int:
         return len(self.pictures)
 
@@ -169,12 +174,11 @@ class EvaluationPictures(Dataset[dict[str, Any] | None]):
 
 
 def looked_at(
-    samples: EvaluationPictures, rows: Sequence[int], collate: Callable[[list[Any]], dict[str, Tensor]]
-) -> tuple[list[np.ndarray], dict[str, Tensor]]:
-    """The evaluation looks at some pictures, (h, w, C) uint8, and the batch of them that a network gets; broken ones are
-    left out of both."""
+    samples: Dataset[dict[str, Any] | None], rows: Sequence[int], collate: Callable[[list[Any]], dict[str, Tensor]]
+) -> tuple[list[Any], dict[str, Tensor]]:
+    """The evaluation looks at some samples, and the batch of them that a network gets; broken ones are left out of both."""
     found = [item for item in (samples[int(row)] for row in rows) if item is not None]
-    return [item["sample"].permute(1, 2, 0).numpy() for item in found], collate(found)
+    return [item["sample"] for item in found], collate(found)
 
 
 def evenly(count: int, of: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 A network's features turn freely while it learns, and components come in any sign and, where they are nearly as large as
 each other, in any order. So the components of one moment are turned to agree with those of an earlier one on the same
-patches, and colours keep their meaning from picture to picture.
+patches, and colours keep their meaning from one sheet to the next.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ssd.batch import Tokens
 from ssd.pictures.layout import Cell, table
+from ssd.pictures.portraits import Portraits, as_large
 
 WIDEST = 2.5  # standard deviations from the mean at which a colour is full
 SMALLEST = 1e-6  # share of the largest component's deviation below which one is rounding
@@ -57,9 +59,24 @@ def colours(scores: Tensor) -> np.ndarray:
     return (255 * shown.clamp(0, 1)).round().to(torch.uint8).numpy()
 
 
+def component_maps(tokens: Tokens, basis: Basis, portraits: Portraits) -> list[np.ndarray]:
+    """The colours of each sample's patches (B, N, D), where its portrait shows them: (rows, columns, 3) uint8."""
+    coloured = colours(basis.scores(tokens.patches))
+    valid = [None] * len(coloured) if tokens.valid is None else tokens.valid.cpu()
+    return [portraits.laid(values, tokens.grid, there) for values, there in zip(coloured, valid, strict=True)]
+
+
+def all_patches(tokens: Tokens) -> Tensor:
+    """Those of all samples (P, D), without padding."""
+    return tokens.patches.flatten(0, 1) if tokens.valid is None else tokens.patches[tokens.valid]
+
+
 def component_sheet(
-    pictures: Sequence[np.ndarray], scores: Tensor, grid: tuple[int, int], cell: int = 128
+    wholes: Sequence[np.ndarray], maps: Sequence[np.ndarray], strips: bool = False, cell: int = 128
 ) -> Image.Image:
-    """Pictures, B arrays (h, w, 3) uint8, above the maps of their scores (B, N, 3)."""
-    maps = colours(scores).reshape(len(pictures), *grid, 3)
-    return table([[Cell(picture) for picture in pictures], [Cell(found) for found in maps]], cell=cell)
+    """Samples, arrays (h, w, 3) uint8, above their maps (rows, columns, 3); `strips` below each other."""
+    pairs = [(Cell(whole), Cell(as_large(found, whole))) for whole, found in zip(wholes, maps, strict=True)]
+    if not strips:
+        return table([[whole for whole, _ in pairs], [found for _, found in pairs]], cell=cell)
+    wide = max(round(cell * whole.shape[1] / whole.shape[0]) for whole in wholes)
+    return table([[part] for pair in pairs for part in pair], cell=cell, wide=wide)

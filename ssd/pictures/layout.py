@@ -32,7 +32,11 @@ class Cell:
 
 
 def table(
-    rows: Sequence[Sequence[Cell]], headings: Sequence[str] = (), titles: Sequence[str] = (), cell: int = 96
+    rows: Sequence[Sequence[Cell]],
+    headings: Sequence[str] = (),
+    titles: Sequence[str] = (),
+    cell: int = 96,
+    wide: int | None = None,
 ) -> Image.Image:
     """Rows of cells from the left, of any number each.
 
@@ -40,30 +44,32 @@ def table(
         headings: one above each column, or none.
         titles: one line above each row, or none.
         cell: side of a cell, px; pictures fill it as far as their shape allows.
+        wide: width of a cell where it is no square, px.
     """
+    wide = wide or cell
     columns = max(map(len, rows))
     below = LINE if any(found.caption for row in rows for found in row) else 0
     above = LINE if titles else 0
     pitch = above + cell + below + GAP
     top = GAP + (LINE if headings else 0)
-    page = Image.new("RGB", (GAP + columns * (cell + GAP), top + len(rows) * pitch), "white")
+    page = Image.new("RGB", (GAP + columns * (wide + GAP), top + len(rows) * pitch), "white")
     pen = ImageDraw.Draw(page)
     for number, heading in enumerate(headings):
-        pen.text((GAP + number * (cell + GAP), GAP // 2), cut_off(heading, cell), fill=INK, font=font())
+        pen.text((GAP + number * (wide + GAP), GAP // 2), cut_off(heading, wide), fill=INK, font=font())
     for number, row in enumerate(rows):
         y = top + number * pitch
         if titles:
             pen.text((GAP, y - 2), titles[number], fill=INK, font=font())
         for column, found in enumerate(row):
-            x = GAP + column * (cell + GAP)
-            picture = fitted(found.picture, cell)
-            left, upper = x + (cell - picture.width) // 2, y + above + (cell - picture.height) // 2
+            x = GAP + column * (wide + GAP)
+            picture = fitted(found.picture, cell, wide)
+            left, upper = x + (wide - picture.width) // 2, y + above + (cell - picture.height) // 2
             page.paste(picture, (left, upper))
             if found.frame is not None:
                 box = (left, upper, left + picture.width - 1, upper + picture.height - 1)
                 pen.rectangle(box, outline=found.frame, width=FRAME)
             if found.caption:
-                pen.text((x, y + above + cell), cut_off(found.caption, cell), fill=FAINT, font=font())
+                pen.text((x, y + above + cell), cut_off(found.caption, wide), fill=FAINT, font=font())
     return page
 
 

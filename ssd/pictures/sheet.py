@@ -129,10 +129,10 @@ def with_boxes(
     return picture
 
 
-def fitted(picture: np.ndarray, cell: int) -> Image.Image:
-    """As large as fits into the cell; small pictures show their pixels."""
+def fitted(picture: np.ndarray, cell: int, wide: int | None = None) -> Image.Image:
+    """As large as fits into the cell, `wide` across where it is no square; small pictures show their pixels."""
     height, width = picture.shape[:2]
-    scale = cell / max(height, width)
+    scale = min(cell / height, (wide or cell) / width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
     return Image.fromarray(picture).resize(size, how)

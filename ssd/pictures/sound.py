@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -20,11 +21,15 @@ LONGEST = 1000  # px, of a whole sound
 
 def sound_picture(samples: Tensor, rate_hz: int, wide: int) -> Image.Image:
     """The waveform (S,), at its own full height, over the spectrogram; low tones at the bottom."""
-    levels = log_mel(samples, rate_hz)
+    return stacked([waveform(samples, wide), spectrogram(samples, rate_hz, wide, MELS * ROW_HEIGHT)], gap=1)
+
+
+def spectrogram(samples: Tensor | np.ndarray, rate_hz: int, wide: int, high: int) -> Image.Image:
+    """Log-mel levels of (S,), low tones at the bottom."""
+    levels = log_mel(torch.as_tensor(samples), rate_hz)
     shown = ((levels - levels.max()) / RANGE_DB + 1).clamp(0, 1).flip(0).numpy()
     coloured = (255 * matplotlib.colormaps["magma"](shown)[:, :, :3]).astype(np.uint8)
-    spectrogram = Image.fromarray(coloured).resize((wide, MELS * ROW_HEIGHT), Image.Resampling.BILINEAR)
-    return stacked([waveform(samples, wide), spectrogram], gap=1)
+    return Image.fromarray(coloured).resize((wide, high), Image.Resampling.BILINEAR)
 
 
 def waveform(samples: Tensor, wide: int) -> Image.Image:

@@ -5,21 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
 from PIL import Image
 
-from ssd.batch import Batch
 from ssd.data.clip_samples import TrainingClips
-from ssd.data.dataset import TrainingPictures, evenly
-from ssd.data.sound import Sound
+from ssd.data.dataset import TrainingPictures
 from ssd.errors import UserError
 from ssd.masking.batch import MaskPlan
 from ssd.masking.recipes import Masking
-from ssd.pictures.clips import clip_sheet
+from ssd.pictures.first_batch import FRAME, clips_of, sounds_of
 from ssd.pictures.sheet import CELL, sheet
-from ssd.pictures.sound import sound_sheet
 from ssd.record import build
 from ssd.summary import check_json, check_writable, console, write_json
 from ssd.verbs.arguments import Parser, at_least_one, import_choices, split_data, subclasses
@@ -28,13 +23,11 @@ from ssd.verbs.look_inside import INSIDE, look_inside
 from ssd.views.clips import ClipBox
 from ssd.views.parameters import Box
 from ssd.views.recipes import RECIPES
-from ssd.views.sound import SoundViews, draw_windows
+from ssd.views.sound import SoundViews
 from ssd.views.view import Views
 from ssd.weights.checkpoint import read_checkpoint
 
 MOST = 64  # samples on a sheet
-STRIP = 12  # frames of a whole clip
-FRAME = 96  # px, side of one
 NOT_OF_SOUND = ("masks", "bands", "cell")
 
 
@@ -122,42 +115,13 @@ def look_at_views(arguments: argparse.Namespace, chosen: list[str]) -> tuple[Ima
     return page, [*told, f"{len(rows)} samples, {', '.join(what)}"], content
 
 
-def clips_of(batch: Batch, dataset: TrainingClips, data: Any, cell: int) -> Image.Image:
-    """Strips of the clips and of their views."""
-    originals, durations_s = [], []
-    for index in batch.index.tolist():
-        timeline, shown, frames = dataset.clips.read(index, lambda timeline: np.array(evenly(STRIP, len(timeline))))
-        originals.append((frames, timeline.seconds[shown]))
-        durations_s.append(timeline.duration_s)
-    slots = data.masks["global"].grid[0] if "global" in data.masks else 0
-    return clip_sheet(batch, originals, durations_s, data.mean, data.std, cell, slots)
-
-
-def sounds_of(batch: Batch, loader: Any, data: Any) -> tuple[Image.Image, list[dict[str, list[tuple[float, float]]]]]:
-    """Pictures of the sounds and of their views, and where each view lies in its sound, s."""
-    rate_hz = data.views.rate_hz
-    originals, spans = [], []
-    for place, index in zip(next(iter(loader.batch_sampler)), batch.index.tolist()):
-        with Sound(data.source.open(index)) as sound:
-            originals.append(torch.from_numpy(sound.read_at(rate_hz)))
-        windows = draw_windows(data.views, len(originals[-1]), None, data.seed, *place[:3])
-        spans.append(
-            {
-                kind: [(window.start / rate_hz, (window.start + window.count) / rate_hz) for window in table]
-                for kind, table in windows.items()
-            }
-        )
-    over_time = {kind: plan.frames for kind, plan in data.masks.items() if plan.frames and len(plan.grid) == 1}
-    return sound_sheet(batch, originals, spans, rate_hz, over_time), spans
-
-
 def options() -> argparse.ArgumentParser:
     parser = Parser(
         prog="ssd look",
         description="Writes the first samples of a run as a PNG: each picture with its crops drawn in, then its views as "
         "the network gets them, with what masks hide of them: those of a checkpoint's method, or of --masks. Clips are shown as "
-        "filmstrips, sounds as waveform and spectrogram. Or, of a checkpoint's network, what it sees in held-out pictures: "
-        "--show attention, pca, neighbours, prototypes or reconstruction.",
+        "filmstrips, sounds as waveform and spectrogram. Or, of a checkpoint's network, what it sees in held-out samples: "
+        "--show pca or neighbours, and of pictures also attention, prototypes or reconstruction.",
         epilog="--data takes a path, a class name or a data config, and --data.KEY VALUE its settings, as in ssd fit. "
         "--views takes a recipe (default: dino, clip or speech, as the data is), and --views.KEY VALUE its settings; --config "
         "method/NAME takes those of a run.",

@@ -1,7 +1,8 @@
-"""`ssd look FILE --show ...`: what a checkpoint's network sees in held-out pictures."""
+"""`ssd look FILE --show ...`: what a checkpoint's network sees in held-out samples."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,8 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from ssd.batch import Scores, map_tensors
-from ssd.data.dataset import EvaluationPictures, evenly, looked_at
+from ssd.batch import Scores, Tokens, map_tensors, network_input
+from ssd.data.dataset import evenly, looked_at
 from ssd.errors import UserError
 from ssd.evaluation.features import extract
 from ssd.losses.regression import squared_error
@@ -20,14 +21,17 @@ from ssd.masked_branch import MaskedBranch, painted, square_patch
 from ssd.masking.batch import masks_for
 from ssd.normalisers import patchified
 from ssd.pictures.attention import attention_sheet, spread
-from ssd.pictures.components import component_sheet, fit_basis
+from ssd.pictures.components import all_patches, component_maps, component_sheet, fit_basis
 from ssd.pictures.neighbours import named, nearest, neighbour_sheet
+from ssd.pictures.portraits import Portraits, portraits_of
 from ssd.pictures.prototypes import answers_of, most_used, patch_in_place, prototype_sheet
 from ssd.pictures.reconstruction import reconstruction_sheet
 from ssd.pictures.sheet import CELL, colours_of
 from ssd.verbs.loading import check_pictures, load_data, load_module
+from ssd.views.view import PictureViews
 
 INSIDE = ("attention", "pca", "neighbours", "prototypes", "reconstruction")
+OF_PICTURES = ("attention", "prototypes", "reconstruction")
 MOST = 64  # samples
 ALIKE = 8  # neighbours of each, and pictures of a prototype
 SEARCHED = 1000  # training samples in which prototypes are looked for
@@ -40,30 +44,40 @@ def look_inside(arguments: argparse.Namespace, chosen: list[str]) -> Look:
     """A picture, what to say of it, and its content as JSON."""
     module, about = load_module(arguments.file)
     data = load_data(chosen, about, "look")
-    check_pictures(data, f"look --show {arguments.show}")
+    if arguments.show in OF_PICTURES:
+        check_pictures(data, f"look --show {arguments.show}")
     backbone = module.evaluated_backbone
+    check_of_data(arguments, data)
     if arguments.size is not None:
         data.views = replace(data.views, evaluation_size=sized(arguments.size, backbone))
     if torch.cuda.is_available():
         module.cuda()
     held_out = data.test_dataloader()[-1].dataset
+    portraits = portraits_of(held_out, arguments.bands)
     if arguments.show == "prototypes":
         return prototypes(arguments, module, data)
     rows = evenly(min(arguments.samples, MOST), len(held_out))
     looks, batch = looked_at(held_out, rows, data.evaluation_collate())
     if not looks:
         raise UserError(
-            "none of the held-out pictures can be read, so there is nothing to show. Give other data by --data."
+            f"none of the held-out {portraits.word} can be read, so there is nothing to show. Give other data by --data."
         )
-    pictures = [colours_of(look, arguments.bands) for look in looks]
-    names = [held_out.pictures.source.describe(index) for index in batch["index"].tolist()]
+    names = [held_out.source.describe(index) for index in batch["index"].tolist()]
+    if arguments.show == "pca":
+        return components(arguments, backbone, portraits, looks, batch, names)
+    if arguments.show == "neighbours":
+        return neighbours(arguments, backbone, data, portraits, looks, batch, names)
+    pictures = [portraits.whole(look) for look in looks]
     if arguments.show == "attention":
         return attention(arguments, backbone, pictures, batch, names)
-    if arguments.show == "reconstruction":
-        return reconstruction(arguments, module, data, pictures, batch, names)
-    if arguments.show == "pca":
-        return components(arguments, backbone, pictures, batch, names)
-    return neighbours(arguments, backbone, data, pictures, batch, names)
+    return reconstruction(arguments, module, data, pictures, batch, names)
+
+
+def check_of_data(arguments: argparse.Namespace, data: Any) -> None:
+    """Raises UserError for settings that sounds do not have."""
+    for name in ("size", "bands"):
+        if getattr(arguments, name) is not None and not isinstance(data.views, PictureViews):
+            raise UserError(f"--{name} does not go with {type(data).__name__}. Leave it out.")
 
 
 def sized(size: int, backbone: Any) -> int:
@@ -94,49 +108,60 @@ def attention(
 
 
 def components(
-    arguments: argparse.Namespace, backbone: Any, pictures: list[np.ndarray], batch: dict[str, Tensor], names: list[str]
+    arguments: argparse.Namespace,
+    backbone: Any,
+    portraits: Portraits,
+    looks: list[Any],
+    batch: dict[str, Tensor],
+    names: list[str],
 ) -> Look:
-    patches, grid = patches_of(backbone, batch["sample"])
+    tokens = tokens_of(backbone, batch)
     like = None
     if arguments.like is not None:
-        other, other_grid = patches_of(load_module(arguments.like)[0].evaluated_backbone, batch["sample"])
-        if other_grid != grid:
+        other = tokens_of(load_module(arguments.like)[0].evaluated_backbone, batch)
+        if other.grid != tokens.grid:
             raise UserError(
-                f"--like {arguments.like} has {other_grid[0]} x {other_grid[1]} patches of a picture, and the network has "
-                f"{grid[0]} x {grid[1]}. Give a checkpoint of the same backbone."
+                f"--like {arguments.like} has {by(other.grid)} patches of a sample, and the network has {by(tokens.grid)}. Give "
+                "a checkpoint of the same backbone."
             )
-        like = fit_basis(other.flatten(0, 1)).scores(other.flatten(0, 1))
-    basis = fit_basis(patches.flatten(0, 1), like)
-    told = [f"column {column}: {name}" for column, name in enumerate(names, start=1)]
-    what = f"{len(names)} pictures, the three main components of {grid[0]} x {grid[1]} patches as red, green and blue"
-    sheet = component_sheet(pictures, basis.scores(patches), grid, arguments.cell or CELL)
-    return sheet, [*told, what], {"grid": list(grid), "rows": [{"picture": name} for name in names]}
+        like = fit_basis(all_patches(other)).scores(all_patches(other))
+    basis = fit_basis(all_patches(tokens), like)
+    order = "row" if portraits.strips else "column"
+    told = [f"{order} {number}: {name}" for number, name in enumerate(names, start=1)]
+    what = (
+        f"{len(names)} {portraits.word}, the three main components of {by(tokens.grid)} patches as red, green and blue"
+    )
+    wholes = [portraits.whole(look) for look in looks]
+    sheet = component_sheet(wholes, component_maps(tokens, basis, portraits), portraits.strips, arguments.cell or CELL)
+    return sheet, [*told, what], {"grid": list(tokens.grid), "rows": [{"picture": name} for name in names]}
 
 
 def neighbours(
     arguments: argparse.Namespace,
     backbone: Any,
     data: Any,
-    pictures: list[np.ndarray],
+    portraits: Portraits,
+    looks: list[Any],
     batch: dict[str, Tensor],
     names: list[str],
 ) -> Look:
     loaders = data.val_dataloader()
-    bank: EvaluationPictures = loaders[0].dataset
+    bank = loaders[0].dataset
     progress = "features" if sys.stdout.isatty() else None
     found = extract(lambda x: backbone(x).pooled(), loaders[0], device_of(backbone), progress=progress)
     with torch.no_grad():
-        queries = backbone(batch["sample"].to(device_of(backbone))).pooled().float().cpu()
+        queries = backbone(network_input(batch).to(device_of(backbone))).pooled().float().cpu()
     own = None
-    if len(loaders) == 1:  # without labels the pictures are of the bank
+    if len(loaders) == 1:  # without labels the samples are of the bank
         places = {index: place for place, index in enumerate(found.index.tolist())}
         own = torch.tensor([places.get(index, -1) for index in batch["index"].tolist()])
     similarity, rows = nearest(queries, found.features, ALIKE, own)
     chosen = [found.index[row].tolist() for row in rows]
-    shown = [[colours_of(picture_at(bank, index), arguments.bands) for index in row] for row in chosen]
+    shown = [[portraits.small(readable(bank, index)) for index in row] for row in chosen]
     labels = [found.labels[row].tolist() for row in rows]
+    asked = [portraits.small(look) for look in looks]
     sheet = neighbour_sheet(
-        pictures, shown, similarity, batch["label"].tolist(), labels, data.classes, arguments.cell or CELL
+        asked, shown, similarity, batch["label"].tolist(), labels, data.classes, arguments.cell or CELL
     )
     told = [f"row {row}: {name}" for row, name in enumerate(names, start=1)]
     content = {
@@ -144,7 +169,7 @@ def neighbours(
             {
                 "picture": name,
                 "class": named(label, data.classes),
-                "neighbours": [bank.pictures.source.describe(index) for index in row],
+                "neighbours": [bank.source.describe(index) for index in row],
                 "similarity": near,
                 "classes": [named(other, data.classes) for other in others],
             }
@@ -153,7 +178,7 @@ def neighbours(
             )
         ]
     }
-    what = f"{len(names)} pictures and their {rows.shape[1]} nearest of {len(found.index)} training pictures"
+    what = f"{len(names)} {portraits.word} and their {rows.shape[1]} nearest of {len(found.index)} training {portraits.word}"
     return sheet, [*told, what], content
 
 
@@ -195,7 +220,8 @@ def reconstruction(
 
 def prototypes(arguments: argparse.Namespace, module: Any, data: Any) -> Look:
     network = module.teacher.network if module.teacher.follows else module.student
-    bank: EvaluationPictures = data.val_dataloader()[0].dataset
+    bank = data.val_dataloader()[0].dataset
+    portraits = portraits_of(bank, arguments.bands)
     rows = evenly(SEARCHED, len(bank))
     features, looks, indices, grid = [], [], [], (1, 1)
     prototypes, what = torch.zeros(0), ""
@@ -214,7 +240,7 @@ def prototypes(arguments: argparse.Namespace, module: Any, data: Any) -> Look:
     shown = most_used(Scores(torch.cat(features), prototypes), min(arguments.samples, MOST), ALIKE, patches)
 
     def picture(row: int) -> np.ndarray:
-        look = colours_of(looks[row // patches], arguments.bands)
+        look = portraits.whole(looks[row // patches])
         return patch_in_place(look, row % patches, grid) if what == "patches" else look
 
     pictures = [[picture(row) for row in found if row >= 0] for found in shown.rows.tolist()]
@@ -225,7 +251,7 @@ def prototypes(arguments: argparse.Namespace, module: Any, data: Any) -> Look:
             {
                 "prototype": number,
                 "share": share,
-                "pictures": [bank.pictures.source.describe(indices[row // patches]) for row in found if row >= 0],
+                "pictures": [bank.source.describe(indices[row // patches]) for row in found if row >= 0],
             }
             for number, share, found in zip(shown.numbers.tolist(), shown.shares.tolist(), shown.rows.tolist())
         ],
@@ -234,23 +260,28 @@ def prototypes(arguments: argparse.Namespace, module: Any, data: Any) -> Look:
     return sheet, [f"{text} that score highest"], content
 
 
-def patches_of(backbone: Any, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """(B, N, D) and the grid. Raises UserError for a network that answers one patch."""
+def tokens_of(backbone: Any, batch: dict[str, Tensor]) -> Tokens:
+    """Of an evaluation batch, float32 on the CPU. Raises UserError for a network that answers one patch."""
     with torch.no_grad():
-        tokens = backbone(pictures.to(device_of(backbone)))
+        tokens = backbone(network_input(batch).to(device_of(backbone)))
     if len(tokens.patches[0]) < 2:
         raise UserError(
-            f"the network answers one patch for pictures of {pictures.shape[-1]} px, so there is no map to show. Show it larger "
-            "ones by --size."
+            f"the network answers one patch for samples of {batch['sample'].shape[-1]} px, so there is no map to show. Show it "
+            "larger ones by --size."
         )
-    return tokens.patches.float().cpu(), tokens.grid
+    valid = None if tokens.valid is None else tokens.valid.cpu()
+    return replace(tokens, patches=tokens.patches.float().cpu(), valid=valid)
 
 
-def picture_at(samples: EvaluationPictures, index: int) -> np.ndarray:
-    """(h, w, C) uint8 of a sample that was readable before."""
+def by(grid: Sequence[int]) -> str:
+    return " x ".join(map(str, grid))
+
+
+def readable(samples: Any, index: int) -> Any:
+    """The look at a sample that was readable before."""
     item = samples[index]
     assert item is not None, "it was embedded"
-    return item["sample"].permute(1, 2, 0).numpy()
+    return item["sample"]
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ssd.pictures.components import Basis, colours, component_sheet, fit_basis
+from ssd.batch import Tokens
+from ssd.pictures.components import Basis, all_patches, colours, component_sheet, fit_basis
 from ssd.pictures.layout import GAP
 
 SIZES = torch.tensor([5.0, 3.0, 2.0, 0.5, 0.1, 0.1])
@@ -77,8 +78,25 @@ def test_maps_stand_below_their_pictures():
     scores = torch.zeros(2, 4, 3)
     scores[1, 3] = 9  # the last patch of the second picture is white
     pictures = [np.zeros((8, 8, 3), np.uint8)] * 2
-    page = np.array(component_sheet(pictures, scores, (2, 2), cell=8))
+    page = np.array(component_sheet(pictures, colours(scores).reshape(2, 2, 2, 3), cell=8))
     top, left = GAP + 8 + GAP, GAP + 8 + GAP
     square = page[top : top + 8, left : left + 8]
     assert (square[4:, 4:] == 255).all() and (square[:4] == 128).all()
     assert (page[GAP : GAP + 8, left : left + 8] == 0).all()
+
+
+def test_maps_of_strips_stand_below_each_and_are_as_wide():
+    strips = [np.zeros((4, 16, 3), np.uint8)] * 2
+    maps = [np.full((1, 2, 3), 10, np.uint8), np.full((2, 4, 3), 20, np.uint8)]
+    page = np.array(component_sheet(strips, maps, strips=True, cell=8))
+    assert page.shape[:2] == (GAP + 4 * (8 + GAP), 2 * GAP + 32)
+    rows = [page[GAP + number * (8 + GAP), GAP : GAP + 32] for number in range(4)]
+    assert [np.unique(row).tolist() for row in rows] == [[0], [10], [0], [20]]
+
+
+def test_padding_is_no_part_of_the_components():
+    patches = torch.randn(2, 6, 4)
+    valid = torch.arange(6) < torch.tensor([[6], [2]])
+    assert torch.equal(
+        all_patches(Tokens(patches=patches, grid=(6,), valid=valid)), torch.cat([patches[0], patches[1, :2]])
+    )

@@ -207,7 +207,7 @@ def test_prototypes_show_what_they_score_highest_for(request, tmp_path, which, w
     ("argv", "words"),
     [
         (["CONVNET", "--show", "attention"], ["ConvNet 'resnet18' has no attention", "pca"]),
-        (["CONVNET", "--show", "pca"], ["one patch for pictures of 16 px", "--size"]),
+        (["CONVNET", "--show", "pca"], ["one patch for samples of 16 px", "--size"]),
         (["VIT", "--show", "pca", "--size", "20"], ["--size 20", "patches of 8 px", "16"]),
         (["VIT", "--show", "attention", "--like", "VIT"], ["--like is for the colours of pca"]),
         (["VIT", "--show", "pca", "--like", "CONVNET", "--size", "64"], ["2 x 2 patches", "8 x 8"]),

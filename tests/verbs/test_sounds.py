@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssd.batch import network_input
 from ssd.configs_path import config_file
@@ -94,8 +95,28 @@ def test_a_plan_and_a_report_of_sounds(sounds, tmp_path):
 
 def test_what_is_for_pictures_alone_says_so(sounds, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = typed("look", sounds.last, "--show", "pca")
-    assert said.status == 2 and "is for pictures" in said.err and said.err.count("\n") == 1
+    for words, message in (
+        (("--show", "attention"), "is for pictures"),
+        (("--show", "pca", "--size", 8), "--size does not go"),
+    ):
+        said = typed("look", sounds.last, *words)
+        assert said.status == 2 and message in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", ["pca", "neighbours"])
+def test_what_the_network_hears_is_shown_over_spectrograms(sounds, what, tmp_path):
+    said = typed(
+        "look", sounds.last, "--show", what, "--samples", 3, "--out", tmp_path / "s.png", "--json", tmp_path / "s.json"
+    )
+    assert said.status == 0 and "3 sounds" in said.out, said.err
+    assert len(json.loads((tmp_path / "s.json").read_text())["rows"]) == 3
+    assert Image.open(tmp_path / "s.png").width > (512 if what == "pca" else 8 * 80)
+
+
+def test_a_run_logs_pictures_of_views_components_and_neighbours(sounds):
+    events = EventAccumulator(str(next(sounds.folder.glob("tensorboard*"))), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["pictures/views", "pictures/components", "pictures/neighbours"]
 
 
 def test_fine_tuned_on_labels_and_loaded_with_its_head(sounds, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssd.data.moving_shapes import MOTIONS, write_moving_shapes
 from ssd.evaluation.features import pixels
@@ -93,6 +94,16 @@ def test_embed_export_and_look_take_clips(folder, tmp_path):
     assert strip.shape[0] > 2 * 40
 
 
+def test_what_a_network_sees_is_shown_as_filmstrips(folder, tmp_path):
+    for what in ("pca", "neighbours"):
+        said = typed("look", last(folder), "--show", what, "--samples", 2, "--out", tmp_path / f"{what}.png")
+        assert said.status == 0 and "2 clips" in said.out, said
+    assert Image.open(tmp_path / "pca.png").width > 4 * 160
+    events = EventAccumulator(str(next((folder / "run").glob("tensorboard*"))), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["pictures/views", "pictures/components", "pictures/neighbours"]
+
+
 def test_clips_are_fine_tuned_and_compared(folder, tmp_path):
     words = ("--shares", 1.0, "--seeds", 1, "--epochs", 1, "--mixup", 0.8, "--jitter", 0.2, "--device", "cpu")
     said = typed("finetune", last(folder), *words, "--out", tmp_path / "out", "--json", tmp_path / "f.json")
@@ -130,7 +141,7 @@ def test_verbs_about_runs_take_runs_on_clips(verb, folder, tmp_path):
 
 
 def test_what_is_for_pictures_says_so(folder):
-    for words in (("look", last(folder), "--show", "pca"), ("check-data", "--data", folder / "shapes")):
+    for words in (("look", last(folder), "--show", "attention"), ("check-data", "--data", folder / "shapes")):
         said = typed(*words)
         assert said.status == 2 and "is for pictures, and the data is Clips" in said.err, said
     said = typed(
