@@ -1,6 +1,7 @@
 """The engine under every method: its step inside Lightning, from settings to checkpoints."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -186,6 +187,7 @@ class SelfDistillation(Step, pl.LightningModule):
     def on_train_start(self) -> None:
         steps_per_epoch = int(self.trainer.num_training_batches)
         self.begin(self._length(steps_per_epoch), steps_per_epoch)
+        self.survey(self.trainer.datamodule, Path(self.trainer.default_root_dir))
         if self.step >= self.total_steps:
             self._stop()
         states, self._generators = self._generators, None

@@ -8,6 +8,7 @@ import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -71,6 +72,8 @@ class Step(Recorded, nn.Module):
     """Beginnings of the names of state that checkpoints of earlier stages may lack."""
     masking: Mapping[str, Masking] = MappingProxyType({})
     """Kind of view -> how its tokens are masked; a method that masks sets it."""
+    alters_spectra: bool = False
+    """Whether the method does to spectrograms what views say of them."""
     masks_per_view: int = 1
     """How many masks each masked view gets, all views under their first mask, then under their second."""
 
@@ -109,6 +112,11 @@ class Step(Recorded, nn.Module):
             raise UserError(f"freeze_by: '{freeze_by}' is unknown. Choose 'gradient' or 'rate'.")
         resolve_lr(1.0, lr_rule, lr_reference_batch, lr_reference_batch)
         self.views = views_named(views)
+        if self.views.alters_spectra and not self.alters_spectra:
+            raise UserError(
+                f"views: mix_share and resize change spectrograms, which {type(self).__name__} does not. Use mix_share: 0 and "
+                "resize: null."
+            )
         self.optimizer = optimizer
         self.lr = lr
         self.lr_rule = lr_rule
@@ -159,6 +167,15 @@ class Step(Recorded, nn.Module):
         """What a run must learn from its data before its first step, with that step's whole batch and no gradient. Called
         before every step, so that a batch that is not finite settles nothing: what is settled already returns at once. The
         one place that may wait for the device."""
+
+    def survey(self, data: Any, folder: Path | None = None) -> None:
+        """What a run must learn from all of its training data before its first step. Called on every process where a fit
+        begins or goes on; what is known already returns at once.
+
+        Args:
+            data: the datamodule, prepared.
+            folder: the run's, for what is to be read by people; None = write nothing.
+        """
 
     def evidence(self, targets: Targets) -> Tensor | None:
         """Numbers (R,), float32 and the same on every rank, that `update` decides by. Called after the losses of all slices,

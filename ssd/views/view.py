@@ -85,6 +85,11 @@ class Views:
         raise NotImplementedError(f"{type(self).__name__} does not say how long an evaluation look is")
 
     @property
+    def alters_spectra(self) -> bool:
+        """Whether something is done to the spectrograms of sounds, which a method has to apply."""
+        return False
+
+    @property
     def equal_lengths(self) -> bool:
         """Whether the views of a kind are as long as one another in a batch, without padding."""
         return True
