@@ -7,13 +7,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Frames:
-    """Windows one after the other, each layer over the answers of the one before, without padding.
+    """Windows one after the other, each layer over the answers of the one before.
 
     Args:
         layers: (window, stride) of each layer, in its own inputs; the window is at least the stride.
+        padding: samples of silence around the sound, both sides together, that the first layer sees too.
     """
 
     layers: tuple[tuple[int, int], ...]
+    padding: int = 0
 
     def count(self, samples: int) -> int:
         """Tokens of so many samples; 0 where they do not fill one."""
@@ -24,6 +26,7 @@ class Frames:
         return self._count(samples).clip(0)
 
     def _count(self, samples: Any) -> Any:
+        samples = samples + self.padding
         # what is too short becomes 0 or less and stays so, since no window is shorter than its stride
         for window, stride in self.layers:
             samples = (samples - window) // stride + 1
@@ -36,6 +39,11 @@ class Frames:
         for window, stride in self.layers:
             seen, hop = seen + (window - 1) * hop, hop * stride
         return seen
+
+    @property
+    def shortest(self) -> int:
+        """Samples of the shortest sound that gives a token."""
+        return max(1, self.receptive_field - self.padding)
 
     @property
     def hop(self) -> int:

@@ -131,6 +131,10 @@ class Backbone(Recorded, nn.Module):
     def embed_dim(self) -> int:
         raise NotImplementedError
 
+    def block_dim(self, number: int) -> int:
+        """Width of what is tapped of the block of this number, from 1."""
+        return self.patch_dim
+
     @property
     def patch_dim(self) -> int:
         """Width of `Tokens.patches`."""

@@ -83,6 +83,9 @@ class ConvNet(Backbone):
     def patch_dim(self) -> int:
         return self.model.num_features
 
+    def block_dim(self, number: int) -> int:
+        return self.model.feature_info[len(self.model.feature_info) - self.num_blocks + number - 1]["num_chs"]
+
     @property
     def patch_size(self) -> int:
         return self.model.feature_info[-1]["reduction"] // (4 if self.edits else 1)

@@ -2,20 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssd.backbones.base import Backbone, tap_names
+from ssd.backbones.base import tap_names
 from ssd.backbones.positions import sincos_positions
+from ssd.backbones.sound import SoundNetwork, Spectral
 from ssd.backbones.transformer import POSITION_GROUPS, POSITION_LAYERS, POSITION_WIDTH, ConvPositions, Transformer
 from ssd.backbones.vit import as_boolean, replace_masked
 from ssd.batch import Padded, Tokens
 from ssd.errors import UserError
 from ssd.frames import Frames, as_layers
-from ssd.spectrogram import log_mel_inside, mel_filters, window_and_hop
+from ssd.spectrogram import DB_PER_NEPER, Levels, log_mel_inside, mel_filters, window_and_hop
 
 LAYERS = {
     16_000: ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2)),
@@ -24,53 +25,21 @@ LAYERS = {
 """Samples a second -> (kernel, stride) of the front end, a token every 20 ms (Baevski et al. 2020, section 4.2)."""
 
 
-class Sounds(Backbone, ABC):
-    """What networks over sound share: sounds (B, S) or `Padded` -> `Tokens` of their frames.
+class Sounds(SoundNetwork, ABC):
+    """What transformers over sound share: sounds (B, S) or `Padded` -> `Tokens` of their frames.
 
-    A sound answers the same alone and padded in a batch. Padding is told by `Padded.valid`; a tensor is all sound.
     The weights are those of `self.model`: `front`, which makes tokens of a sound, and the `transformer` over them.
-
-    Attributes:
-        frames: how many tokens a sound gives over time.
     """
 
     can = frozenset({"masked", "taps", "until"})
-    of_timm: ClassVar[bool] = False
-    axes: ClassVar[int] = 1
-    frames: Frames
-
-    def __init__(self, name: str, rate_hz: int):
-        super().__init__(name, in_chans=1, drop_path_rate=0.0)
-        self.rate_hz = rate_hz
 
     @property
     def embed_dim(self) -> int:
         return self.model.transformer.norm.normalized_shape[0]
 
     @property
-    def patch_size(self) -> int:
-        """Samples from one token to the next."""
-        return self.frames.hop
-
-    @property
     def blocks(self) -> Sequence[nn.Module]:
         return self.model.transformer.blocks
-
-    @property
-    def rows(self) -> int:
-        """Tokens of each moment."""
-        return 1
-
-    def grid(self, *lengths: int) -> tuple[int, ...]:
-        """Of the samples of a sound: (frames,), or (frames, rows) with several tokens a moment."""
-        (samples,) = lengths
-        return (self.frames.count(samples),)
-
-    def example(self, lengths: Sequence[int], generator: torch.Generator) -> Tensor:
-        return torch.randn(2, *lengths, generator=generator)
-
-    def instead(self, ability: str) -> str:
-        return "Networks over sound see whole sequences."
 
     @abstractmethod
     def embed(self, sounds: Tensor | Padded) -> tuple[Tensor, Tensor | None]:
@@ -78,19 +47,6 @@ class Sounds(Backbone, ABC):
 
         A sound of fewer samples than a token sees counts as one token.
         """
-
-    def check_input(self, x: Tensor | Padded) -> None:  # type: ignore[override]
-        samples = x.samples if isinstance(x, Padded) else x
-        if samples.ndim != 2 or not samples.is_floating_point():
-            raise UserError(
-                f"'{self.name}' was built for sounds, (B, samples) of floating point, and was given {tuple(samples.shape)} of "
-                f"{samples.dtype}."
-            )
-        if samples.shape[1] < self.frames.receptive_field:
-            raise UserError(
-                f"sounds of {samples.shape[1]} samples are shorter than one token of '{self.name}', which sees "
-                f"{self.frames.receptive_field} ({1000 * self.frames.receptive_field / self.rate_hz:g} ms). Give longer ones."
-            )
 
     def forward(  # type: ignore[override]
         self,
@@ -133,17 +89,6 @@ class Sounds(Backbone, ABC):
 
     def tokens_at(self, tap: Tensor, grid: tuple[int, ...]) -> Tokens:
         return Tokens(patches=self.model.transformer.answer(tap), grid=grid)
-
-    def grid_of(self, x: Tensor | Padded) -> tuple[int, ...]:
-        return self.grid((x.samples if isinstance(x, Padded) else x).shape[1])
-
-    def valid_tokens(self, x: Tensor | Padded) -> Tensor | None:
-        """(B, N) bool, at least one of each sound; None where all is sound."""
-        if not isinstance(x, Padded):
-            return None
-        counts = self.frames.counts(x.valid.sum(1)).clamp_min(1)  # (B,)
-        over_time = torch.arange(self.grid_of(x)[0], device=counts.device) < counts[:, None]
-        return over_time.repeat_interleave(self.rows, dim=1) if self.rows > 1 else over_time
 
 
 class SpeechEncoder(Sounds):
@@ -242,7 +187,7 @@ class FrontEnd(nn.Module):
         return self.project(self.norm(frames.mT))
 
 
-class LogMelEncoder(Sounds):
+class LogMelEncoder(Sounds, Spectral):
     """A transformer over patches of a log-mel spectrogram, with fixed positions in time and frequency (after Gong et al.,
     "AST: Audio Spectrogram Transformer", Interspeech 2021, arXiv 2104.01778).
 
@@ -301,14 +246,26 @@ class LogMelEncoder(Sounds):
     def grid(self, *lengths: int) -> tuple[int, ...]:
         return super().grid(*lengths) if self.rows == 1 else (*super().grid(*lengths), self.rows)
 
-    def embed(self, sounds: Tensor | Padded) -> tuple[Tensor, Tensor | None]:
+    def grid_of(self, x: Tensor | Padded | Levels) -> tuple[int, ...]:
+        if not isinstance(x, Levels):
+            return super().grid_of(x)
+        moments = x.values.shape[1] // self.patch[0]
+        return (moments,) if self.rows == 1 else (moments, self.rows)
+
+    def hear(self, sounds: Tensor | Padded) -> Levels:
         self.check_input(sounds)
         samples = sounds.samples if isinstance(sounds, Padded) else sounds
-        valid = self.valid_tokens(sounds)
-        levels = log_mel_inside(samples, self.filters, self.window, self.hop)  # (B, windows, mels)
-        moments, rows = self.grid_of(sounds)[0], self.rows
+        values = log_mel_inside(samples, self.filters, self.window, self.hop)  # (B, windows, mels)
+        inside = Frames(((self.window, self.hop),))
+        counts = inside.counts(sounds.valid.sum(1)).clamp_min(1) if isinstance(sounds, Padded) else None
+        return Levels(values, counts, per_neper=DB_PER_NEPER)
+
+    def embed(self, sounds: Tensor | Padded | Levels) -> tuple[Tensor, Tensor | None]:
+        levels = sounds if isinstance(sounds, Levels) else self.hear(sounds)
+        moments, rows = self.grid_of(levels)[0], self.rows
         high, wide = self.patch
-        patches = levels[:, : moments * high].unflatten(1, (moments, high)).unflatten(3, (rows, wide))
+        valid = None if levels.counts is None else self.first_tokens(levels.counts // high, moments)
+        patches = levels.values[:, : moments * high].unflatten(1, (moments, high)).unflatten(3, (rows, wide))
         patches = patches.transpose(2, 3).flatten(3).flatten(1, 2)  # (B, N, patch values)
         return self.model.front(levelled(patches, valid)), valid
 

@@ -116,6 +116,17 @@ def test_stopping_early_answers_what_the_tap_says(make):
     assert_close(backbone.tokens_at(whole.taps["block2"], whole.grid).patches, stopped.patches)
 
 
+@pytest.mark.parametrize("patch", [(4, 16), (2, 64)])
+def test_levels_stand_for_the_sounds_they_were_heard_in(patch):
+    backbone = log_mel(patch=patch)
+    valid = torch.ones(2, 4000, dtype=torch.bool)
+    valid[0, 2700:] = False
+    sounds = Padded(torch.randn(2, 4000), valid)
+    expected, found = backbone(sounds), backbone(backbone.hear(sounds))
+    assert found.grid == expected.grid and torch.equal(found.valid, expected.valid)
+    assert torch.equal(found.patches, expected.patches)
+
+
 def test_masked_frames_become_the_token_before_positions():
     backbone = speech()
     sounds, token = torch.randn(1, 3000), torch.zeros(1, 32)
