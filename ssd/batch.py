@@ -107,6 +107,7 @@ class Batch:
             of clips (V, B, 7): also the times of the first and the last frame, s.
         photometry: name -> (V, B, P) drawn colour settings that are not applied yet.
         valid: name -> (V, B, S) True where sound is not padding.
+        spectra: name -> (V, B, 5) what is to be done to the spectrograms of sounds, as `ssd.views.spectra.draw_spectra` draws it.
         normalisation: (2, C) mean and standard deviation, of values in [0, 1], that are taken out of each channel of all
             views; None where the data does not say.
     """
@@ -119,6 +120,7 @@ class Batch:
     boxes: dict[str, Tensor] = field(default_factory=dict)
     photometry: dict[str, Tensor] = field(default_factory=dict)
     valid: dict[str, Tensor] = field(default_factory=dict)
+    spectra: dict[str, Tensor] = field(default_factory=dict)
     normalisation: Tensor | None = None
 
     def __len__(self) -> int:
@@ -147,6 +149,7 @@ class Batch:
             boxes=view_major(self.boxes),
             photometry=view_major(self.photometry),
             valid=view_major(self.valid),
+            spectra=view_major(self.spectra),
             normalisation=self.normalisation,
         )
 

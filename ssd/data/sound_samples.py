@@ -18,6 +18,7 @@ from ssd.data.sound import Sound, resampled_length
 from ssd.data.sources import Source
 from ssd.masking.batch import MaskPlan
 from ssd.views.sound import SoundViews, Window, draw_windows, middle, normalised, sound_view
+from ssd.views.spectra import draw_spectra
 
 CUT = -9  # key of where sounds are cut to the shortest of their batch
 
@@ -30,6 +31,7 @@ class SoundSample:
     lengths: dict[str, int]  # kind -> samples to pad to at least
     index: int
     label: int
+    spectra: dict[str, np.ndarray] = field(default_factory=dict)  # kind -> (V, 5), as `draw_spectra`
 
 
 @dataclass
@@ -70,7 +72,7 @@ class TrainingSounds(Dataset[SoundSamples]):
             lambda candidate: self._views(candidate, longest, key), self.broken, self.draws, self.seed, *drawn
         )
         lengths = {kind: members[0].samples or longest or 0 for kind, members in self.views.kinds().items()}
-        return SoundSample(views, lengths, seen, self.source.label(seen))
+        return SoundSample(views, lengths, seen, self.source.label(seen), draw_spectra(self.views, *key))
 
     def _views(self, candidate: int, longest: int | None, key: tuple[int, ...]) -> dict[str, list[np.ndarray]]:
         rate_hz = self.views.rate_hz
@@ -129,6 +131,10 @@ class CollateSounds:
         return Batch(
             views=views,
             valid=valid,
+            spectra={
+                kind: torch.from_numpy(np.stack([sample.spectra[kind] for sample in samples], axis=1))
+                for kind in samples[0].spectra
+            },
             index=torch.tensor([sample.index for sample in samples]),
             total=len(samples) * self.world,
             label=torch.tensor([sample.label for sample in samples]) if self.labelled else None,

@@ -291,6 +291,15 @@ RECIPES: dict[str, Views] = {
     "utterance": SoundViews(
         global_count=1, global_length_s=None, local_count=0, gain_db=(0.0, 0.0), noise_prob=0.0, normalize=True
     ),
+    "unfused": SoundViews(
+        global_count=1,
+        global_length_s=0.95,
+        local_count=0,
+        gain_db=(0.0, 0.0),
+        noise_prob=0.0,
+        mix_share=0.4,
+        resize=(0.6, 1.5),
+    ),
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ssd.data.randomness import generator, uniforms
 from ssd.errors import UserError
-from ssd.views.view import Views, check_between, check_count, is_number, keep_as_tuples
+from ssd.views.view import Views, check_between, check_count, check_range, is_number, keep_as_tuples
 
 SOUND = -5  # key of the numbers of sounds
 NOISE = -6  # key of the noise itself
@@ -70,6 +70,11 @@ class SoundViews(Views):
         normalize: each view to mean 0 and standard deviation 1 over what is not padding, as networks that were
             published with such input want it; takes the gain out again.
         crop_to_shortest: cut the views of a batch at random to the shortest of them on each process, in place of padding.
+        mix_share: of another sound in the power of a view's spectrogram at most; 0 = none. The other one is its neighbour in the
+            step. This and `resize` are for methods and networks that say so.
+        mix_group: neighbours among which sounds are mixed, in a ring; divides the sounds of a process or slice.
+        resize: smallest and largest crop of a spectrogram, along both axes, that is resized to the whole; above 1 the
+            sound shrinks, over time alone; null = none.
         evaluation_length_s: length of the evaluation look, the middle of each sound, s; null = `global_length_s`.
     """
 
@@ -83,10 +88,18 @@ class SoundViews(Views):
     noise_db: Sequence[float] = (10.0, 30.0)
     normalize: bool = False
     crop_to_shortest: bool = False
+    mix_share: float = 0.0
+    mix_group: int = 8
+    resize: Sequence[float] | None = None
     evaluation_length_s: float | None = None
 
     def __post_init__(self):
         keep_as_tuples(self, "gain_db", "noise_db")
+        check_between("mix_share", self.mix_share, 0, 0.99)
+        check_count("mix_group", self.mix_group, least=2)
+        if self.resize is not None:
+            keep_as_tuples(self, "resize")
+            check_range("resize", self.resize, above=0, up_to=10)
         check_count("rate_hz", self.rate_hz)
         check_count("global_count", self.global_count)
         check_count("local_count", self.local_count, least=0)
@@ -104,6 +117,11 @@ class SoundViews(Views):
         if self.local_count:
             kinds["local"] = (view(self.local_length_s),) * self.local_count
         return kinds
+
+    @property
+    def alters_spectra(self) -> bool:
+        """Whether something is done to spectrograms, which a method has to apply."""
+        return self.mix_share > 0 or self.resize is not None
 
     @property
     def equal_lengths(self) -> bool:
