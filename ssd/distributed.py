@@ -43,6 +43,15 @@ def from_first_rank(tensor: Tensor) -> Tensor:
     return theirs
 
 
+def object_from_first_rank(value: Any) -> Any:
+    """What rank 0 gives, on every rank; plain data of any size."""
+    if world_size() == 1:
+        return value
+    theirs = [value]
+    dist.broadcast_object_list(theirs, src=0)
+    return theirs[0]
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor that is sharded over ranks, sharing its memory; any other as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ as in Vo et al., "Automatic Data Curation for Self-Supervised Learning: A Cluste
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,14 +129,24 @@ def cluster(features: np.ndarray, levels: Sequence[int], seed: int = 0) -> tuple
     return assignments[0], tuple(assignments[1:])
 
 
-def kmeans(points: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The cluster of each point (N,) int32, and the centroids (K, D) of those that have a point."""
-    from sklearn.cluster import KMeans, MiniBatchKMeans
+def kmeans(points: np.ndarray, count: int, seed: int, iterations: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The cluster of each point (N,) int32, and the centroids (K, D) of those that have a point.
 
-    few = len(points) <= FEW
+    With `iterations` all points in at most so many rounds; else until it settles, of many points in mini-batches.
+    """
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     settings: dict[str, Any] = {"n_clusters": count, "random_state": seed, "n_init": 1}
-    method = KMeans(**settings) if few else MiniBatchKMeans(batch_size=max(4096, 4 * count), **settings)
-    labels = method.fit_predict(points)
+    if iterations is not None:
+        method = KMeans(max_iter=iterations, tol=0, **settings)
+    elif len(points) <= FEW:
+        method = KMeans(**settings)
+    else:
+        method = MiniBatchKMeans(batch_size=max(4096, 4 * count), **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different points than clusters: some stay empty
+        labels = method.fit_predict(points)
     kept, labels = np.unique(labels, return_inverse=True)
     return labels.reshape(-1).astype(np.int32), method.cluster_centers_[kept]
 
