@@ -73,9 +73,8 @@ class Clips(FileData, ColourData):
         native.available()  # compiled here, once, and not by every worker
         found = survey_clips(self._reader(source), broken)
         self.mean, self.std = self.given or (found.mean, found.std)
-        return TrainingClips(
-            self._reader(source, self._cache(source, found.bytes_per_picture)), self.views, broken, seed=self.seed
-        )
+        clips = self._reader(source, self._cache(source, found.bytes_per_picture))
+        return TrainingClips(clips, self.views, broken, seed=self.seed, variants=self.view_variants)
 
     def _cache(self, source: Source, bytes_per_clip: float) -> ClipCache | None:
         capacity = int(bytes_per_clip * len(source) * 1.1) + 2**16

@@ -10,6 +10,7 @@ from ssd.data.dataset import Collate
 from ssd.errors import UserError
 from ssd.normalisation import given_normalisation
 from ssd.views import photometry
+from ssd.views.view import Views
 
 
 class ColourData(SampleData):
@@ -21,6 +22,8 @@ class ColourData(SampleData):
             {"mean": [...], "std": [...]} in [0, 1] a channel.
         photometry: where colours are changed: "worker", "device", or "auto" = on the device when that is
             an accelerator.
+        view_variants: number of fixed looks of each sample: epoch e shows it as epoch e mod `view_variants` did, which stored
+            targets of a frozen teacher (the method's cached_targets) need; null = another look in each epoch.
     """
 
     colours_by: Any = photometry
@@ -33,6 +36,7 @@ class ColourData(SampleData):
         channels: int = 3,
         normalize: str | dict[str, list[float]] = "data",
         photometry: str = "auto",
+        view_variants: int | None = None,
         **loading: Any,
     ):
         super().__init__(**loading)
@@ -42,13 +46,26 @@ class ColourData(SampleData):
         self.channels = channels
         self.normalize = normalize
         self.given = given_normalisation(normalize, channels)
+        if view_variants is not None and view_variants < 1:
+            raise UserError(f"view_variants is {view_variants}. Use 1 or more, or null for new views in each epoch.")
         self.photometry = photometry
+        self.view_variants = view_variants
         self.mean: list[float]
         self.std: list[float]
 
     def describe_state(self) -> dict[str, Any]:
-        state = {"mean": self.mean, "std": self.std, "channels": self.channels}
+        state: dict[str, Any] = {"mean": self.mean, "std": self.std, "channels": self.channels}
+        if self.view_variants is not None:
+            state["view_variants"] = self.view_variants
         return state | super().describe_state()
+
+    def check_views(self, views: Views) -> None:
+        super().check_views(views)
+        if self.view_variants is not None and len(views.all_of_a_run()) > 1:
+            raise UserError(
+                f"view_variants: {self.view_variants} fixes the looks of a sample, and {type(views).__name__} gives them another "
+                "size from step to step. Leave one of them out."
+            )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """What the workers left to the device: photometry, or normalisation alone."""

@@ -66,7 +66,13 @@ class PictureData(ColourData):
         wanted = capacity <= AUTO_BYTES if self.cache == "auto" else self.cache
         context = multiprocessing.get_context(self.start_method)
         cache = PictureCache(len(source), capacity, context) if wanted else None
-        return TrainingPictures(Pictures(source, self.channels, cache, self.levels), self.views, broken, seed=self.seed)
+        return TrainingPictures(
+            Pictures(source, self.channels, cache, self.levels),
+            self.views,
+            broken,
+            seed=self.seed,
+            variants=self.view_variants,
+        )
 
     def evaluation_samples(self, source: Source, broken: BrokenSamples) -> EvaluationPictures:
         return EvaluationPictures(Pictures(source, self.channels, levels=self.levels), self.views, broken)

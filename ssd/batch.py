@@ -110,6 +110,8 @@ class Batch:
         spectra: name -> (V, B, 5) what is to be done to the spectrograms of sounds, as `ssd.views.spectra.draw_spectra` draws it.
         normalisation: (2, C) mean and standard deviation, of values in [0, 1], that are taken out of each channel of all
             views; None where the data does not say.
+        variant: (B,) number of each sample's look, where samples have fixed looks; else None.
+        taught: name -> (V, B, ...) what a frozen teacher says of these views, where that was stored.
     """
 
     views: dict[str, Tensor]
@@ -122,6 +124,8 @@ class Batch:
     valid: dict[str, Tensor] = field(default_factory=dict)
     spectra: dict[str, Tensor] = field(default_factory=dict)
     normalisation: Tensor | None = None
+    variant: Tensor | None = None
+    taught: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Samples on this rank in this slice, B."""
@@ -151,6 +155,8 @@ class Batch:
             valid=view_major(self.valid),
             spectra=view_major(self.spectra),
             normalisation=self.normalisation,
+            variant=None if self.variant is None else rows(self.variant, number, of, dim=0),
+            taught=view_major(self.taught),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":

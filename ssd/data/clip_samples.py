@@ -15,7 +15,7 @@ from ssd.data.clip_cache import ClipCache
 from ssd.data.clips import Clip
 from ssd.data.dataset import Collate, Samples
 from ssd.data.randomness import generator
-from ssd.data.sampler import Draws
+from ssd.data.sampler import Draws, drawn_for
 from ssd.data.sources import Source
 from ssd.data.statistics import SIDE, SURVEYED, Survey
 from ssd.data.timeline import Timeline
@@ -91,14 +91,23 @@ class ClipReader:
 class TrainingClips(Dataset[Samples]):
     """Views of the clips at places `(epoch, index)`, drawn for (seed, epoch, index) and nothing else.
 
-    A clip's views share one decoding of the frames that any of them shows. Broken clips as in `TrainingPictures`.
+    A clip's views share one decoding of the frames that any of them shows. Broken clips and `variants` as in
+    `TrainingPictures`.
     """
 
     def __init__(
-        self, clips: ClipReader, views: ClipViews, broken: BrokenSamples, *, seed: int, draws: Draws | None = None
+        self,
+        clips: ClipReader,
+        views: ClipViews,
+        broken: BrokenSamples,
+        *,
+        seed: int,
+        draws: Draws | None = None,
+        variants: int | None = None,
     ):
         self.clips, self.views, self.broken, self.seed = clips, views, broken, seed
         self.draws = draws or Draws(len(clips))
+        self.variants = variants
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -110,12 +119,15 @@ class TrainingClips(Dataset[Samples]):
     def __getitems__(self, places: Sequence[tuple[int, ...]]) -> Samples:
         """A batch, all views in one block a kind. Raises as `__getitem__`."""
         room = empty_clips(self.views, len(places), self.clips.channels)
-        draws = ViewDraws(self.views, [(self.seed, *place) for place in places])
+        looks = [drawn_for(place, self.variants) for place in places]
+        draws = ViewDraws(self.views, [(self.seed, *look) for look in looks])
         seen: list[int] = []
         boxes: dict[str, list[np.ndarray]] = {kind: [] for kind in room}
         for row, place in enumerate(places):
             found, chosen, (timeline, wanted, frames) = self._readable(place)
             seen.append(found)
+            if self.variants is not None and found != place[1]:
+                draws.draw_again(row, (self.seed, looks[row][0], found))
             drawn = draws.boxes(row, [(frames.shape[1], frames.shape[2])])
             for kind, shown in chosen.items():
                 boxes[kind].append(timed_boxes(drawn[kind][0], timeline, shown))
@@ -129,19 +141,23 @@ class TrainingClips(Dataset[Samples]):
             seen,
             [self.clips.source.label(index) for index in seen],
             getattr(places, "step", 0),
+            None if self.variants is None else [look[0] for look in looks],
         )
 
     def _readable(self, place: tuple[int, ...]) -> tuple[int, dict[str, np.ndarray], Read]:
         """Number of the clip that is seen, kind -> (V, T) places that are shown, and what was read for them."""
         chosen: dict[str, np.ndarray] = {}
 
-        def every_frame(timeline: Timeline) -> np.ndarray:
-            chosen.update(draw_frames(self.views, [timeline], [(self.seed, *place)])[0])
-            return np.unique(np.concatenate([shown.ravel() for shown in chosen.values()]))
+        def frames_of(candidate: int) -> Read:
+            look = place if self.variants is None else (drawn_for(place, self.variants)[0], candidate)
 
-        found, read = readable(
-            lambda candidate: self.clips.read(candidate, every_frame), self.broken, self.draws, self.seed, *place
-        )
+            def every_frame(timeline: Timeline) -> np.ndarray:
+                chosen.update(draw_frames(self.views, [timeline], [(self.seed, *look)])[0])
+                return np.unique(np.concatenate([shown.ravel() for shown in chosen.values()]))
+
+            return self.clips.read(candidate, every_frame)
+
+        found, read = readable(frames_of, self.broken, self.draws, self.seed, *place)
         return found, chosen, read
 
 

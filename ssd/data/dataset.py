@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssd.batch import Batch
+from ssd.batch import Batch, Masks
 from ssd.data.broken import UNREADABLE, BrokenSamples, readable
 from ssd.data.cache import Pictures
 from ssd.data.parcel import Parcel
-from ssd.data.sampler import Draws
+from ssd.data.sampler import Draws, drawn_for
 from ssd.data.sources import Source
 from ssd.errors import UserError
 from ssd.masking.batch import MaskPlan
@@ -36,6 +36,7 @@ class Samples:
     index: list[int]
     label: list[int]
     step: int  # of the run, which the batch is for
+    variant: list[int] | None = None  # number of each sample's look, where looks are fixed
 
 
 class TrainingPictures(Dataset[Samples]):
@@ -45,13 +46,24 @@ class TrainingPictures(Dataset[Samples]):
     In place of a broken picture stands the next readable one in the epoch's order, in views drawn for
     the place of the broken one: it may be in the same batch in its own place too, and is not a copy of
     that sample then. `Samples.index` names the pictures that are seen.
+
+    With `variants` each picture has so many looks and no others, as `drawn_for` says; what stands in place of a broken one is
+    shown in a look of its own.
     """
 
     def __init__(
-        self, pictures: Pictures, views: PictureViews, broken: BrokenSamples, *, seed: int, draws: Draws | None = None
+        self,
+        pictures: Pictures,
+        views: PictureViews,
+        broken: BrokenSamples,
+        *,
+        seed: int,
+        draws: Draws | None = None,
+        variants: int | None = None,
     ):
         self.pictures, self.views, self.broken, self.seed = pictures, views, broken, seed
         self.draws = draws or Draws(len(pictures))
+        self.variants = variants
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -64,12 +76,15 @@ class TrainingPictures(Dataset[Samples]):
         """A batch, all views in one block a kind. Raises as `__getitem__`."""
         views = self.views.at(self.seed, getattr(places, "step", 0))
         room = empty_views(views, len(places), self.pictures.channels)
-        draws = ViewDraws(views, [(self.seed, *place) for place in places])
+        looks = [drawn_for(place, self.variants) for place in places]
+        draws = ViewDraws(views, [(self.seed, *look) for look in looks])
         seen: list[int] = []
         boxes: list[dict[str, np.ndarray]] = []
         waiting: list[np.ndarray] = []
         for number, place in enumerate(places, start=1):
             found, picture = readable(self.pictures.__getitem__, self.broken, self.draws, self.seed, *place)
+            if self.variants is not None and found != place[1]:
+                draws.draw_again(number - 1, (self.seed, looks[number - 1][0], found))
             seen.append(found)
             waiting.append(picture)
             if number < len(places) and sum(picture.nbytes for picture in waiting) < CHUNK_BYTES:
@@ -87,6 +102,7 @@ class TrainingPictures(Dataset[Samples]):
             seen,
             [self.pictures.source.label(index) for index in seen],
             getattr(places, "step", 0),
+            None if self.variants is None else [look[0] for look in looks],
         )
 
 
@@ -100,7 +116,8 @@ class Collate:
         colours: "float": photometry is applied here and the views come out float32 and normalised; "levels": it is
             applied and they come out uint8, to be normalised elsewhere; "none": uint8 with their photometry beside.
         normalisation: mean and standard deviation of each channel, for "float"; the batch says them in any case.
-        masks: name, mostly of the kind of view -> what is masked, drawn for the step and no other: the same whoever draws it.
+        masks: name, mostly of the kind of view -> what is masked, drawn for the step and no other: the same whoever draws it;
+            or for each sample's fixed look, where a plan says so and looks are fixed.
         seed: of masks.
         rank, world: which part of the step's samples this is.
     """
@@ -129,18 +146,25 @@ class Collate:
             total=self.total,
             label=torch.tensor(samples.label) if self.labelled else None,
             masks={
-                name: plan.draw(
-                    len(samples.index),
-                    *(self.seed, samples.step, number),
-                    rank=self.rank,
-                    world=self.world,
-                    side=samples.views[name].shape[-1] if name in samples.views else None,
-                )
+                name: self._masks(samples, name, plan, number)
                 for number, (name, plan) in enumerate(sorted(self.masks.items()))
             },
             boxes={kind: view_major(table) for kind, table in samples.boxes.items()},
             photometry=colours,
             normalisation=None if self.normalisation is None else torch.tensor(self.normalisation, dtype=torch.float32),
+            variant=None if samples.variant is None else torch.tensor(samples.variant),
+        )
+
+    def _masks(self, samples: Samples, name: str, plan: MaskPlan, number: int) -> Masks:
+        if plan.of_looks and samples.variant is not None:
+            looks = zip(samples.variant, samples.index, strict=True)
+            return plan.draw_each([(self.seed, *look, number) for look in looks])
+        return plan.draw(
+            len(samples.index),
+            *(self.seed, samples.step, number),
+            rank=self.rank,
+            world=self.world,
+            side=samples.views[name].shape[-1] if name in samples.views else None,
         )
 
 

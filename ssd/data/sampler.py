@@ -1,6 +1,6 @@
 """Which samples a rank sees in which step: a pure function of the seed and of the steps done."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,18 @@ NO_SAMPLE = -1  # stands where the index of a sample stands in keys of per-sampl
 def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch that draws every sample once. (length,) int64"""
     return randomness.generator(seed, epoch, NO_SAMPLE).permutation(length)
+
+
+def drawn_for(place: Sequence[int], variants: int | None) -> tuple[int, ...]:
+    """What the views of a place are drawn for: itself, or (variant, index) where each sample has so many fixed looks.
+
+    Epoch e then shows every sample as epoch e mod `variants` does, and a sample that an epoch draws again in the look that
+    follows.
+    """
+    if variants is None:
+        return tuple(place)
+    epoch, index, *turn = place
+    return (epoch + sum(turn)) % variants, index
 
 
 class Draws:

@@ -1,6 +1,7 @@
 """The masks of a step, as the boolean form and as indices, for one rank and its slices."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,8 @@ class MaskPlan:
         predicted: share of the masked tokens that are asked for, int(M predicted) of them and 1 at least; null = all.
         frames: of sounds, how many tokens a length gives.
         equal_lengths: whether all samples of a batch are as long as one another.
+        of_looks: where samples have fixed looks, whether each look has a mask of its own for the whole run, and not another
+            in each step: a teacher that sees what is visible then says the same of it each time.
     """
 
     recipe: Masking
@@ -43,6 +46,7 @@ class MaskPlan:
     predicted: float | None = None
     frames: Frames | None = None
     equal_lengths: bool = True
+    of_looks: bool = False
 
     @property
     def masks(self) -> int:
@@ -61,6 +65,19 @@ class MaskPlan:
         if self.predicted is not None:
             masks.predicted = predicted_places(masks, self.predicted, *place, rank=rank, world=world)
         return masks
+
+    def draw_each(self, places: Sequence[tuple[int, ...]]) -> Masks:
+        """Masks that are each a function of a place of its sample's own, whatever lies beside it in the batch.
+
+        Raises UserError for a recipe that hides another number in each sample.
+        """
+        if not self.recipe.exact or self.predicted is not None:
+            raise UserError(
+                f"masks: {type(self.recipe).__name__} hides numbers of tokens that follow from the whole batch, and with fixed "
+                "views (data.view_variants) each sample has a mask of its own. Use RandomMasks."
+            )
+        each = [self.recipe.draw(self.masks, 1, self.grid, *place) for place in places]
+        return of_equal_counts(np.concatenate(each, axis=1))
 
     def draw_padded(self, lengths: np.ndarray, padded: int, *place: int, rank: int = 0, world: int = 1) -> Masks:
         """The masks of sounds of `lengths` (V, B) samples that were padded to `padded`.
@@ -107,9 +124,7 @@ def masks_for(
     everywhere = recipe.draw(views, batch * world, grid, *place)
     boolean = everywhere[:, rank * batch : (rank + 1) * batch]
     if recipe.exact:
-        whole = torch.from_numpy(np.ascontiguousarray(boolean))
-        masked, visible = ordered(boolean), ordered(~boolean)
-        return Masks(whole, masked=masked, visible=visible)
+        return of_equal_counts(boolean)
     tokens = boolean.shape[2]
     most = recipe.most(views, batch * world, tokens)
     per_slice = batch // slices
@@ -171,6 +186,11 @@ def packed(boolean: np.ndarray, slices: int, length: int) -> Masks:
     return Masks(
         torch.from_numpy(np.ascontiguousarray(boolean)), flat=torch.from_numpy(flat), weight=torch.from_numpy(weight)
     )
+
+
+def of_equal_counts(boolean: np.ndarray) -> Masks:
+    whole = torch.from_numpy(np.ascontiguousarray(boolean))
+    return Masks(whole, masked=ordered(boolean), visible=ordered(~boolean))
 
 
 def ordered(chosen: np.ndarray) -> torch.Tensor:

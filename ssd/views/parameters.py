@@ -149,11 +149,16 @@ class ViewDraws:
     """
 
     def __init__(self, views: Views, places: Sequence[tuple[int, ...]]):
-        self.settings = settings_of(views)
+        self.views, self.settings = views, settings_of(views)
         self.numbers = uniforms_of_many((len(self.settings.probs), DRAWS), places)  # (B, V, DRAWS)
         if (self.settings.twins != np.arange(len(self.settings.twins))).any():
             self.numbers[..., PLACE_AT] = self.numbers[:, self.settings.twins][..., PLACE_AT]
         self.gates = self.numbers[..., GATES_AT] < self.settings.probs  # (B, V, 5)
+
+    def draw_again(self, row: int, place: tuple[int, ...]) -> None:
+        """Sample `row` as what is drawn for another place."""
+        fresh = ViewDraws(self.views, [place])
+        self.numbers[row], self.gates[row] = fresh.numbers[0], fresh.gates[0]
 
     def boxes(self, first: int, sizes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
         """Of samples from the `first` on, by their sizes (height, width), px. kind -> (len(sizes), V, 5)"""

@@ -230,3 +230,20 @@ def test_real_clips_become_batches_and_none_is_broken(real_data):
     first, second = data.train_dataloader()
     assert first.views["global"].shape == (2, 2, 3, 16, 64, 64)
     assert second.views["local"].std() > 0.3 and len(data._training.broken) == 0
+
+
+def test_fixed_looks_of_clips_come_again_also_of_one_that_stands_in_for_a_broken_one(folder):
+    (folder / "a" / "04.mp4").write_bytes(b"words")
+    settings = {"batch_size": 5, "max_broken_share": 0.1, "val_share": 0, "num_workers": 0, "view_variants": 1}
+    epochs: list[dict] = []
+    for number in range(2):
+        shown: dict[int, list] = {}
+        for batch in batches(Clips(folder, **settings), step=4 * number):
+            assert batch.variant.tolist() == [0] * 5
+            for row, index in enumerate(batch.index.tolist()):
+                shown.setdefault(index, []).append((batch.boxes["global"][:, row], batch.views["global"][:, row]))
+        epochs.append(shown)
+    assert len(epochs[0]) == len(epochs[1]) == 19
+    for index, shown in epochs[0].items():
+        for box, views in [*shown, *epochs[1][index]]:
+            assert torch.equal(box, shown[0][0]) and torch.equal(views, shown[0][1])
