@@ -14,6 +14,8 @@ import torch
 from torch.utils.data import Sampler
 
 from ssd.batch import Batch
+from ssd.cached_targets.folder import TargetFolder
+from ssd.cached_targets.use import WithTargets
 from ssd.data.broken import BrokenSamples
 from ssd.data.dataset import SampleLoader, start_worker
 from ssd.data.groups import split
@@ -96,6 +98,7 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
 
         self.views: Views
         self.masks: dict[str, MaskPlan] = {}
+        self.targets: TargetFolder | None = None
         self._training: Any = None
 
     # ------------------------------------------------------------------ what a kind of data says
@@ -259,6 +262,9 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
             )
         module = trainer.lightning_module
         self.prepare(module.views, module.mask_plans() if hasattr(module, "mask_plans") else None)
+        if stage == "fit":  # and for the evaluation that ends it, whose teacher rests too
+            folder = getattr(module, "cached_targets", None)
+            self.targets = None if folder is None else TargetFolder(folder)
         if stage == "fit" and self.drawn is not None and trainer.global_rank == 0:
             print_facts(console(), {"sampling": f"{self.drawn}; {order_cost(self.draws, self.seed)}"})
 
@@ -298,8 +304,21 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
         samples = self._prepared()
         samples.draws = self.draws
         rank, world = self._place()
-        collate = self.collate(self.source.labels is not None, rank, world)
+        collate = self._training_collate(rank, world)
         return self._loader(samples, collate, persistent=True, batch_sampler=self.order(samples, rank, world))
+
+    def _training_collate(self, rank: int, world: int) -> Callable[[Any], Any]:
+        """Samples of what is trained on -> Batch, with what is stored of them."""
+        collate = self.collate(self.source.labels is not None, rank, world)
+        return collate if self.targets is None else WithTargets(collate, self.targets)
+
+    def batch_of_looks(self, looks: Sequence[tuple[int, int]]) -> Batch:
+        """Fixed looks (variant, index in `source`), loaded here and now, without what is stored of them."""
+        return self.collate(False, 0, 1)(self._prepared().__getitems__(looks))
+
+    def looks_dataloader(self, looks: Sequence[Sequence[tuple[int, int]]]) -> SampleLoader:
+        """Batches of fixed looks: rows of (variant, index in `source`), in this order."""
+        return self._loader(self._prepared(), self.collate(False, 0, 1), batch_sampler=looks)
 
     def views_of(self, source: Source) -> Any:
         """The views of a source's samples, as `training_samples` makes them, to be loaded by `loader_in_order`."""
@@ -329,7 +348,7 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
         slices = 1 if self.trainer is None else getattr(self.trainer.lightning_module, "micro_batches", 1)
         each = min(samples, len(dataset)) // (world * slices) * slices
         chosen = generator(FIXED).permutation(len(dataset))[rank * each : (rank + 1) * each].tolist()
-        collate = self.collate(self.source.labels is not None, rank, world)
+        collate = self._training_collate(rank, world)
         for first in range(0, each, self.batch_size):
             places = [(0, index) for index in chosen[first : first + self.batch_size]]
             yield collate(dataset.__getitems__(places))

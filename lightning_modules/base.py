@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ssd.batch import Batch, Tokens, network_input
+from ssd.cached_targets.use import check_targets
 from ssd.distributed import gather_objects, is_sharded, rank, world_size
 from ssd.errors import UserError
 from ssd.evaluation.dense import correspondence, has_places
@@ -34,7 +35,7 @@ from ssd.weights.stages import start_stage
 
 LOOKED_AT = 512  # samples of each set that each process asks for more than features: enough for half a point
 
-SEEN = ("views", "fingerprint", "sampling", "mean", "std", "value_range", "channels", "seed")
+SEEN = ("views", "view_variants", "fingerprint", "sampling", "mean", "std", "value_range", "channels", "seed")
 """Of what a checkpoint says of views and data that which decides what a step sees."""
 
 
@@ -138,6 +139,8 @@ class SelfDistillation(Step, pl.LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        if self.cached_targets is not None:
+            self._rest_teacher()
         # one that evaluates, in a frozen teacher, couples no samples
         batch_norms = [m for m in self.modules() if isinstance(m, NORMALISATIONS) and m.training]
         if batch_norms and not self.ghost_norm:
@@ -154,6 +157,17 @@ class SelfDistillation(Step, pl.LightningModule):
         if self.compile_networks:
             for network in (self.student, self.teacher):
                 compile_blocks(network)
+
+    def _rest_teacher(self) -> None:
+        """Leaves a teacher whose answers are read where it was built."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UserError(
+                "cached_targets: a teacher that rests cannot be spread over processes (scale/sharded). Use strategy: ddp."
+            )
+        teacher: Any = self.teacher
+        teacher.rests = True
+        names = [name for name in self.state_dict() if name.startswith("teacher.")]
+        self._ddp_params_and_buffers_to_ignore = names  # it lies on another device and never changes
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The first hook of a run, used to refuse trainer settings that manual optimisation would ignore."""
@@ -183,6 +197,8 @@ class SelfDistillation(Step, pl.LightningModule):
             if self.start_from is not None:
                 start_stage(self, self.start_from)
             self.begin_fresh()
+        if self.cached_targets is not None:
+            check_targets(self, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
         steps_per_epoch = int(self.trainer.num_training_batches)
@@ -298,9 +314,11 @@ class SelfDistillation(Step, pl.LightningModule):
                 f"the run goes on with other data than the checkpoint's: {', '.join(changed)} changed. It is not the run "
                 "that it would have been without a stop."
             )
-        # views are among what is seen, and the length is compared in steps
+        # views are among what is seen, the length is compared in steps, and stored targets have a check of their own
         changed = [
-            key for key in differences(before["method"], self.record()) if not key.startswith(("views", "steps"))
+            key
+            for key in differences(before["method"], self.record())
+            if not key.startswith(("views", "steps", "cached_targets"))
         ]
         if changed:
             rank_zero_warn(f"the run goes on with settings that are not the checkpoint's: {', '.join(changed)}.")

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_modules.base import SelfDistillation
 from ssd.backbones.base import Backbone
 from ssd.batch import Batch, Targets
+from ssd.cached_targets.forms import Sampled, picked
 from ssd.decoders import MaskedDecoder
 from ssd.errors import UserError
 from ssd.losses.regression import smooth_error
@@ -50,6 +51,7 @@ class DBOT(SelfDistillation):
     student: MaskedBranch
     teacher: Frozen
     fresh_seed: Tensor
+    stored_in_part = Sampled(tokens={"patches": 2})
 
     def __init__(
         self,
@@ -104,17 +106,26 @@ class DBOT(SelfDistillation):
         self.register_buffer("fresh_seed", torch.randint(2**31, (1,)))
 
     def targets(self, batch: Batch) -> Targets:
+        return Targets(**self.taught(batch))
+
+    def teach(self, batch: Batch) -> dict[str, Tensor]:
         pictures = batch.views["global"]
         teacher: Any = self.teacher.network
         depth = teacher.num_blocks if self.stage > 0 else self.teacher_depth
         tokens = self.teacher(pictures.flatten(0, 1), taps=(depth,), until=max(depth, 1))
         features = standardised(tokens.taps[f"block{depth}"]).unflatten(0, pictures.shape[:2])  # before the final norm
-        return Targets(patches=features[:, :, teacher.num_prefix :], cls=features[:, :, 0])  # (V, B, N, D), (V, B, D)
+        return {"patches": features[:, :, teacher.num_prefix :], "cls": features[:, :, 0]}  # (V, B, N, D), (V, B, D)
+
+    def asked_of_teacher(self) -> dict[str, Any]:
+        return {"depth": self.teacher_depth if self.stage == 0 else None}
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         masks = batch.masks["global"]
         decoded = self.student(batch.views["global"], visible_places(masks))
-        error = torch.where(masks.boolean, smooth_error(decoded.patches, targets.patches), 0).sum((0, 2))  # (B,)
+        places = getattr(targets, "places", None)  # of the patches whose targets were stored, where not all were
+        hidden, predicted = picked(masks.boolean, places), picked(decoded.patches, places)
+        error = torch.where(hidden, smooth_error(predicted, targets.patches), 0).sum((0, 2))  # (B,)
+        error = error * (masks.boolean.shape[2] / hidden.shape[2])  # 1 where all were
         count = masks.boolean.sum(-1)[0, 0]  # the same in all
         if self.cls_in_loss:
             error, count = error + smooth_error(decoded.cls, targets.cls).sum(0), count + 1

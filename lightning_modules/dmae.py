@@ -5,11 +5,14 @@ Departs from the published code: the teacher stops behind its tapped block and h
 patches stay visible is said as a number (10 and 4), where shares of 95 and 98 % left 9 and 3.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from lightning_modules.base import SelfDistillation
 from ssd.backbones.base import Backbone
 from ssd.batch import Batch, Targets
+from ssd.cached_targets.forms import Sampled, picked
 from ssd.decoders import MaskedDecoder, Projector
 from ssd.errors import UserError
 from ssd.losses.regression import absolute_error, squared_error
@@ -43,6 +46,8 @@ class DMAE(SelfDistillation):
 
     student: MaskedBranch
     teacher: Frozen
+    teacher_sees_masks = True
+    stored_in_part = Sampled(tokens={"features": 2})
 
     def __init__(
         self,
@@ -101,18 +106,25 @@ class DMAE(SelfDistillation):
         self.teacher = Frozen(teacher)
 
     def targets(self, batch: Batch) -> Targets:
+        pixels = pixel_targets(batch.views["global"], self.patch, self.normalize_pixels)  # (V, B, N, p p C)
+        return Targets(**self.taught(batch), pixels=pixels)
+
+    def teach(self, batch: Batch) -> dict[str, Tensor]:
         pictures, visible = batch.views["global"], visible_places(batch.masks["global"])
         last = self.teacher_block
         tokens = self.teacher(pictures.flatten(0, 1), visible=visible.flatten(0, 1), taps=(last,), until=last)
-        return Targets(
-            features=unit_length(tokens.taps[f"block{last}"]).unflatten(0, pictures.shape[:2]),  # (V, B, 1 + n, Dt)
-            pixels=pixel_targets(pictures, self.patch, self.normalize_pixels),  # (V, B, N, p p C)
-        )
+        return {
+            "features": unit_length(tokens.taps[f"block{last}"]).unflatten(0, pictures.shape[:2])
+        }  # (V, B, 1 + n, Dt)
+
+    def asked_of_teacher(self) -> dict[str, Any]:
+        return {"block": self.teacher_block}
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         masks = batch.masks["global"]
         decoded = self.student(batch.views["global"], visible_places(masks))
         features = unit_length(decoded.projected[f"block{self.student_block}"])
+        features = picked(features, getattr(targets, "places", None))  # those whose targets were stored
         apart = DISTANCES[self.distance](features, targets.features)  # (V, B, 1 + n)
         error = squared_error(decoded.patches, targets.pixels)  # (V, B, N)
         return {

@@ -123,12 +123,17 @@ class FurtherPretraining(SelfDistillation):
         self.origin = Frozen(copy.deepcopy(self.student))
 
     def targets(self, batch: Batch) -> Targets:
+        pixels = pixel_targets(batch.views["global"], self.patch, self.normalize_pixels)  # (V, B, N, p p C)
+        return Targets(pixels=pixels, **(self.taught(batch) if self.stage == DISTILLED else {}))
+
+    def teach(self, batch: Batch) -> dict[str, Tensor]:
         pictures = batch.views["global"]
-        features = self.teacher(pictures.flatten(0, 1)).pooled() if self.stage == DISTILLED else None
-        return Targets(
-            pixels=pixel_targets(pictures, self.patch, self.normalize_pixels),  # (V, B, N, p p C)
-            **({} if features is None else {"features": features.unflatten(0, pictures.shape[:2])}),  # (V, B, D)
-        )
+        return {"features": self.teacher(pictures.flatten(0, 1)).pooled().unflatten(0, pictures.shape[:2])}  # (V, B, D)
+
+    def unstorable(self) -> str | None:
+        if len(self.stages) == 1:
+            return "its one stage has no teacher. Leave them out, or give it two stages."
+        return super().unstorable()
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         masks, distilled = batch.masks["global"], self.stage == DISTILLED

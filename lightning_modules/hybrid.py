@@ -215,6 +215,9 @@ class HybridDistillation(SelfDistillation):
         )
 
     def targets(self, batch: Batch) -> Targets:
+        return Targets(**self.taught(batch))
+
+    def teach(self, batch: Batch) -> dict[str, Tensor]:
         pictures, backbone = batch.views["global"], self.student.backbone
         grid = backbone.grid(*pictures.shape[-2:])
         relations, features = self.teacher(pictures.flatten(0, 1), grid, batch.normalisation)
@@ -226,7 +229,24 @@ class HybridDistillation(SelfDistillation):
         if features is not None:
             shared = shared_tokens(features, self._describing, self.student.with_cls, dim=1)
             found["features"] = layer_normed(shared).unflatten(0, pictures.shape[:2])  # (V, B, N, Dt)
-        return Targets(**found)
+        return found
+
+    def asked_of_teacher(self) -> dict[str, Any]:
+        teachers = self._teachers
+        asked: dict[str, Any] = {"grid": list(self.student.backbone.grid(*self.views.kinds()["global"][0].lengths))}
+        if teachers.relations is not None:
+            normal = teachers.relations.statistics.tolist()
+            asked["relations"] = {
+                "relation": self.relation,
+                "heads": self.relation_heads,
+                "blocks": list(teachers.relation_blocks),
+                "cls": self._relating_cls,
+                "normalisation": normal,
+            }
+        if teachers.features is not None:
+            normal = teachers.features.statistics.tolist()
+            asked["features"] = {"cls": self.student.with_cls, "normalisation": normal}
+        return asked
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         tokens, features = self.student(batch.views["global"])

@@ -7,6 +7,7 @@ pictures are mixed within small groups; a blur of at most .1 px, which changes n
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lightning_modules.base import SelfDistillation
 from ssd.backbones.base import Backbone
 from ssd.batch import Batch, Targets
+from ssd.cached_targets.forms import Sampled, picked
 from ssd.cka import linear_cka
 from ssd.curriculum import Curriculum
 from ssd.data.randomness import uniforms
@@ -96,6 +98,7 @@ class LEAP(SelfDistillation):
 
     student: BlockTokens
     teacher: Frozen
+    stored_in_part = Sampled(tokens={"patches": 3})
 
     def __init__(
         self,
@@ -174,16 +177,40 @@ class LEAP(SelfDistillation):
         if likeness.isfinite().all():
             self.curriculum.begin(blocks[int(likeness.argmax())], self.step)
 
-    def targets(self, batch: Batch) -> Targets:
+    def teach(self, batch: Batch) -> dict[str, Tensor]:
         tokens = self.teacher(self.seen(batch), self.teacher_blocks)  # (V, B, L, c + N, D)
+        cls = {"cls": tokens[:, :, :, :1]} if self.cls else {}
+        return {**cls, "patches": tokens[:, :, :, self.cls :]}
+
+    def asked_of_teacher(self) -> dict[str, Any]:
+        network: Any = self.teacher.network
+        return {"blocks": list(self.teacher_blocks), "final_norm": network.final_norm, "cls": self.cls}
+
+    def unstorable(self) -> str | None:
+        if self.mixup:
+            return "pictures are mixed with others of their batch (mixup: true). Set model.mixup: false."
+        if self.match == "curriculum":
+            return "the target block moves on (match: curriculum). Set model.match: last, or all."
+        return super().unstorable()
+
+    def targets(self, batch: Batch) -> Targets:
+        taught = self.taught(batch)
+        places = {"places": taught["places"]} if "places" in taught else {}
+        tokens = torch.cat(
+            [taught[name] for name in ("cls", "patches") if name in taught], dim=3
+        )  # (V, B, L, c + N, D)
         if not self.measures_likeness:
-            return Targets(tokens=tokens)
+            return Targets(tokens=tokens, **places)
         return Targets(tokens=tokens, answered=torch.empty_like(self.measured(tokens), dtype=torch.float32))
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         tokens = self.student(self.seen(batch), self.student_blocks)
         if self.measures_likeness:
             targets.answered.copy_(self.measured(tokens.detach()))
+        places = getattr(targets, "places", None)  # of the patches whose targets were stored, where not all were
+        if places is not None:
+            cls, patches = tokens[:, :, :, : self.cls], tokens[:, :, :, self.cls :]
+            tokens = torch.cat([cls, picked(patches, places, 3)], dim=3)
         error = squared_error(tokens, targets.tokens)  # (V, B, L, c + N)
         pairs = error.shape[0] * error.shape[2] * batch.total
         terms = {"patches": error[..., self.cls :].mean(-1).sum() / pairs}

@@ -8,6 +8,7 @@ queue starts empty and not with random vectors; warm-up by steps.
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,9 +112,19 @@ class PCD(SelfDistillation):
         self.teacher = Frozen(PixelBranch(teacher, adaptor))
         self.queue = Queue(queue_size, dim)
 
-    def targets(self, batch: Batch) -> Targets:
+    def teach(self, batch: Batch) -> dict[str, Tensor]:
         maps = self.teacher(batch.views["global"]).float()  # (V, B, d, H, W)
         keys = F.normalize(maps.mean((3, 4)), dim=-1)  # (V, B, d)
+        if self.pairing != "boxes":
+            maps = F.adaptive_avg_pool2d(maps.flatten(0, 1), self.grid).unflatten(0, maps.shape[:2])  # (V, B, d, h, w)
+        return {"maps": maps, "keys": keys}
+
+    def asked_of_teacher(self) -> dict[str, Any]:
+        return {"grid": None if self.pairing == "boxes" else list(self.grid)}
+
+    def targets(self, batch: Batch) -> Targets:
+        taught = self.taught(batch)
+        maps, keys = taught["maps"], taught["keys"]
         if self.pairing == "boxes":
             boxes = batch.boxes["global"]
             places, others, valid = shared_places(boxes.flatten(0, 1), boxes.roll(1, 0).flatten(0, 1), self.grid)
@@ -123,8 +134,7 @@ class PCD(SelfDistillation):
             count = sum_over_ranks(valid.sum(dtype=torch.float32))
             placed = {"places": places.unflatten(0, shape), "valid": valid, "count": Whole(count)}
         else:
-            pixels = F.adaptive_avg_pool2d(maps.flatten(0, 1), self.grid).unflatten(0, maps.shape[:2])
-            pixels, placed = pixels.roll(1, 0) if self.pairing == "index" else pixels, {}
+            pixels, placed = maps.roll(1, 0) if self.pairing == "index" else maps, {}
         return Targets(pixels=F.normalize(pixels, dim=2), keys=keys, **placed)  # (V, B, d, h, w)
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:

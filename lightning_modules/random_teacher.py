@@ -6,6 +6,7 @@ is not lost beside the teacher's entropy; prototypes have unit length as in the 
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from lightning_modules.base import SelfDistillation, StepReport
 from ssd.backbones.base import Backbone
 from ssd.batch import Batch, Targets
+from ssd.cached_targets.forms import Sampled
 from ssd.errors import UserError
 from ssd.heads import Branch, PrototypeHead
-from ssd.losses.divergence import divergence
+from ssd.losses.divergence import divergence, drawn_divergence
 from ssd.optim import Clip
 from ssd.record import build, describe
 from ssd.schedules import Schedule
@@ -39,6 +41,7 @@ class RandomTeacher(SelfDistillation):
 
     student: Branch
     teacher: Frozen
+    stored_in_part = Sampled(logits=("logits",))
 
     def __init__(
         self,
@@ -91,8 +94,19 @@ class RandomTeacher(SelfDistillation):
         blend(self.student, Branch(build(describe(backbone)), head()), distance)
 
     def targets(self, batch: Batch) -> Targets:
-        logits = self.teacher({"global": batch.views["global"]}).logits() / self.teacher_temperature
+        taught = self.taught(batch)
+        if "classes" in taught:
+            return Targets(**taught)  # (V, B, draws), (V, B)
+        logits = taught["logits"]
         return Targets(probs=torch.softmax(logits, dim=-1), log_probs=torch.log_softmax(logits, dim=-1))  # (V, B, K)
+
+    def teach(self, batch: Batch) -> dict[str, Tensor]:
+        return {
+            "logits": self.teacher({"global": batch.views["global"]}).logits() / self.teacher_temperature
+        }  # (V, B, K)
+
+    def asked_of_teacher(self) -> dict[str, Any]:
+        return {"temperature": self.teacher_temperature}
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         if torch.is_autocast_enabled(batch.views["global"].device.type):
@@ -101,7 +115,10 @@ class RandomTeacher(SelfDistillation):
                 "trainer.precision: 32-true."
             )
         scores = self.student({"global": batch.views["global"]})  # features (V, B, d)
-        apart = divergence(scores, targets.log_probs, self.student_temperature)  # (V, B)
+        if hasattr(targets, "classes"):
+            apart = drawn_divergence(scores, targets.classes, targets.entropy, self.student_temperature)  # (V, B)
+        else:
+            apart = divergence(scores, targets.log_probs, self.student_temperature)  # (V, B)
         return {"kl": apart.mean(0).sum() / batch.total}
 
     def update(self, targets: Targets) -> None:

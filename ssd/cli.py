@@ -35,6 +35,7 @@ OWN_VERBS = {
     "compare": "several networks, random weights and pixels on the same probes, and whether they differ beyond chance",
     "finetune": "train a backbone with a linear head on all labels and on few",
     "embed": "write the features of a folder as NumPy or Parquet",
+    "cache": "store what a frozen teacher says of fixed views, for runs that read it",
     "doctor": "say what is wrong with a run: collapse, rates, overflow, dead prototypes",
     "curate": "cluster the features of a data set, to draw from all of it alike",
     "manifest": "write a table of a data set's files: labels, groups, sizes, lengths",

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ssd.backbones.base import Backbone
 from ssd.batch import Batch, Targets
+from ssd.cached_targets.forms import Sampled
 from ssd.diagnosis.targets import centers_of, measured_use, target_use
 from ssd.distributed import sum_over_ranks, world_size
 from ssd.errors import UserError
@@ -35,6 +36,11 @@ from ssd.views.recipes import views_named
 from ssd.views.view import WHOLE_SOUND, Views
 
 NORMALISATIONS = (nn.modules.batchnorm._BatchNorm,)
+
+MOVING_TEACHER = (
+    "what its student learns from changes with every step, so that nothing can be stored beforehand. Stored targets are for "
+    "methods of a frozen teacher, such as DBOT, DMAE, LEAP and HybridDistillation (docs/cached_targets.md); leave them out."
+)
 
 
 class Step(Recorded, nn.Module):
@@ -60,6 +66,8 @@ class Step(Recorded, nn.Module):
         steps: length of the run in steps; null follows `trainer.max_epochs`.
         start_from: checkpoint of the same method whose networks and centres a new run begins with, at step 0 and with a fresh
             optimiser: the next stage of a recipe. Going on with a run is `ckpt_path`.
+        cached_targets: folder that `ssd cache` filled with what a frozen teacher says of fixed views (data.view_variants),
+            which is then read and not computed.
         micro_batches: slices of a batch that are passed one after the other to save memory; same result.
         ghost_norm: allow batch normalisation over slices or over unsynchronised ranks, which is not the same result.
         compile: compile student and teacher block by block; pays on a GPU, costs minutes at the start.
@@ -74,6 +82,10 @@ class Step(Recorded, nn.Module):
     """Kind of view -> how its tokens are masked; a method that masks sets it."""
     alters_spectra: bool = False
     """Whether the method does to spectrograms what views say of them."""
+    teacher_sees_masks: bool = False
+    """Whether what the teacher says depends on the masks: fixed views then have fixed masks."""
+    stored_in_part: Sampled = Sampled()
+    """Of what `teach` answers that of which a sample may be stored in place of the whole."""
     masks_per_view: int = 1
     """How many masks each masked view gets, all views under their first mask, then under their second."""
 
@@ -94,6 +106,7 @@ class Step(Recorded, nn.Module):
         freeze_by: str = "gradient",
         steps: int | None = None,
         start_from: str | None = None,
+        cached_targets: str | None = None,
         micro_batches: int = 1,
         ghost_norm: bool = False,
         compile: bool = False,
@@ -111,6 +124,8 @@ class Step(Recorded, nn.Module):
         if freeze_by not in ("gradient", "rate"):
             raise UserError(f"freeze_by: '{freeze_by}' is unknown. Choose 'gradient' or 'rate'.")
         resolve_lr(1.0, lr_rule, lr_reference_batch, lr_reference_batch)
+        if cached_targets is not None and not self.has_constant_teacher():
+            raise UserError(f"cached_targets: {cached_targets} cannot serve {type(self).__name__}: {MOVING_TEACHER}")
         self.views = views_named(views)
         if self.views.alters_spectra and not self.alters_spectra:
             raise UserError(
@@ -130,6 +145,7 @@ class Step(Recorded, nn.Module):
         self.freeze_by = freeze_by
         self.steps = steps
         self.start_from = start_from
+        self.cached_targets = cached_targets
         self.micro_batches = micro_batches
         self.ghost_norm = ghost_norm
         self.compile_networks = compile
@@ -150,6 +166,38 @@ class Step(Recorded, nn.Module):
     def targets(self, batch: Batch) -> Targets:
         """Teacher side, whole batch of this rank, no gradient, all reductions over ranks. Reads only."""
         raise NotImplementedError(f"{type(self).__name__} must define targets")
+
+    def teach(self, batch: Batch) -> dict[str, Tensor]:
+        """Of a method with a frozen teacher, name -> (V, B, ...): what `targets` needs of it, a function of each sample's own
+        views (and masks, see `teacher_sees_masks`) and of nothing that changes in the run or its stage. Reads only."""
+        raise NotImplementedError(f"{type(self).__name__} has no frozen teacher")
+
+    def asked_of_teacher(self) -> dict[str, Any]:
+        """Settings that `teach` depends on, beside the teacher's networks, views and masks: plain data."""
+        return {}
+
+    def unstorable(self) -> str | None:
+        """Why what `teach` answers cannot be stored for a whole run, as a sentence; None where it can."""
+        return None if self.has_constant_teacher() else MOVING_TEACHER
+
+    @classmethod
+    def has_constant_teacher(cls) -> bool:
+        return cls.teach is not Step.teach
+
+    def taught(self, batch: Batch) -> dict[str, Tensor]:
+        """What `teach` answers, or what of it was stored and came with the batch, in float32; of tokens of which some were
+        stored with "places" (V, B, n), the others being absent. Raises UserError where neither can be had."""
+        if batch.taught:
+            return {
+                name: value.float() if value.is_floating_point() else value.long()
+                for name, value in batch.taught.items()
+            }
+        if getattr(self.teacher, "rests", False):
+            raise UserError(
+                "these batches come without stored targets, and the teacher rests because cached_targets is set. Load them by "
+                "the run's own data, or leave cached_targets out."
+            )
+        return self.teach(batch)
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         """Student side, on a slice: raw terms, each a sum divided by a count of the whole step. Reads only, but may fill
@@ -238,6 +286,7 @@ class Step(Recorded, nn.Module):
                 self.masks_per_view,
                 frames=backbone.frames,
                 equal_lengths=self.views.equal_lengths,
+                of_looks=self.teacher_sees_masks,
             )
         return plans
 

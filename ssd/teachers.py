@@ -28,9 +28,12 @@ class Teacher(nn.Module):
 
     Attributes:
         follows: whether the teacher comes nearer to the student as it trains, so that it is what to export.
+        rests: whether its answers are read and not asked for, so that it stays where it was built, whatever device its module
+            goes to.
     """
 
     follows = False
+    rests = False
 
     def __init__(self, network: nn.Module, trains: bool):
         super().__init__()
@@ -45,6 +48,10 @@ class Teacher(nn.Module):
 
     def train(self, mode: bool = True):
         return super().train(mode and self.trains)
+
+    def _apply(self, fn, recurse=True):
+        """What moves a module to a device."""
+        return self if self.rests else super()._apply(fn, recurse)
 
 
 class EMA(Teacher):

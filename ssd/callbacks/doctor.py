@@ -74,7 +74,10 @@ class Doctor(pl.Callback):
         self._last_look = pl_module.step
         self._phase: Phase | None = None
         self._student = sampled_weights(pl_module.student)
-        theirs = dict(pl_module.teacher.network.named_parameters()) if hasattr(pl_module.teacher, "network") else {}
+        networks = (
+            hasattr(pl_module.teacher, "network") and not pl_module.teacher.rests
+        )  # else on another device, unused
+        theirs = dict(pl_module.teacher.network.named_parameters()) if networks else {}
         # a teacher of its own may have layers of the same names and other sizes
         self._teacher = {
             n: theirs[n] for n, own in self._student.items() if n in theirs and theirs[n].shape == own.shape

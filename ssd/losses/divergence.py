@@ -18,3 +18,17 @@ def divergence(student: Scores | Tensor, target_log_probs: Tensor, temperature: 
         difference = target - torch.log_softmax(logits.to(target.dtype) / temperature, dim=-1)
         rows.append((target.exp() * difference).sum(-1))
     return torch.stack(rows)
+
+
+def drawn_divergence(student: Scores | Tensor, classes: Tensor, entropy: Tensor, temperature: float) -> Tensor:
+    """An unbiased estimate of `divergence` from classes that were drawn by the target's probabilities, and so of its gradient.
+
+    Scores or logits (V, B, K), classes (V, B, draws), the targets' entropy (V, B), nats -> (V, B): minus the mean log probability
+    of what was drawn, less the entropy. May be below 0. Anshumann et al. 2025, section 3, with even weights.
+    """
+    rows = []
+    for view, drawn in enumerate(classes):
+        logits = student[view].logits() if isinstance(student, Scores) else student[view]
+        log_probs = torch.log_softmax(logits.to(entropy.dtype) / temperature, dim=-1)
+        rows.append(-log_probs.gather(-1, drawn).mean(-1) - entropy[view])
+    return torch.stack(rows)
