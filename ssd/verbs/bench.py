@@ -1,9 +1,10 @@
-"""`ssd bench data`, `step`, `masked` and `evaluation`: how fast this machine makes views, trains and probes, ours beside others'
-in one run."""
+"""`ssd bench data`, `step`, `masked`, `cached`, `evaluation`: how fast this machine makes views, trains and probes, ours beside
+others' in one run."""
 
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,16 +28,20 @@ def run(argv: list[str]) -> int:
         "data": run_data,
         "step": run_step,
         "masked": run_masked,
+        "cached": run_cached,
         "evaluation": run_evaluation,
     }
     parser = Parser(
         prog="ssd bench",
         description="Measures this machine, ours beside others' doing the same work. data: views of JPEG files. step: a "
-        "training step. masked: what is saved where patches are hidden. evaluation: probes of cached features. ssd bench data "
+        "training step. masked: what is saved where patches are hidden. cached: what is saved where a teacher's answers are "
+        "stored. evaluation: probes of cached features. ssd bench data "
         "--help and so on list what each takes.",
         epilog=EPILOG,
     )
-    parser.add_argument("what", choices=list(benchmarks), metavar="data|step|masked|evaluation", help="what to measure")
+    parser.add_argument(
+        "what", choices=list(benchmarks), metavar="data|step|masked|cached|evaluation", help="what to measure"
+    )
     what = parser.parse_args(argv[:1]).what
     return benchmarks[what](argv[1:])
 
@@ -175,6 +180,60 @@ def run_masked(argv: list[str]) -> int:
     timed = "processor time of one thread" if arguments.threads == 1 else f"{arguments.threads} threads"
     out.print(pairs_table(pairs, f"masked regression, {timed} on {platform.machine()}, torch {torch.__version__}"))
     write_json(arguments.json, [pair.row() for pair in pairs])
+    return 0
+
+
+def run_cached(argv: list[str]) -> int:
+    from ssd.benchmarks.cached import METHODS, compare_step
+    from ssd.benchmarks.masked import Case, check
+    from ssd.cached_targets.forms import DTYPES, Form
+
+    parser = Parser(
+        prog="ssd bench cached",
+        description="Forward and backward pass of a student whose targets are read from a folder, in the process that trains, "
+        "beside the same with its teacher's pass. Files that were just written are read from memory. Methods: "
+        + "; ".join(f"{name}, {what}" for name, what in METHODS.items())
+        + ".",
+        epilog=EPILOG + " One thread is timed in processor time, more by the wall, for which nothing else should run.",
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="what to measure; all"
+    )
+    parser.add_argument("--rounds", type=at_least_one, default=7, help="times that each pair runs")
+    parser.add_argument("--threads", type=at_least_one, default=2, help="of torch, on both sides")
+    parser.add_argument("--network", default=Case.network, help="timm's name of the student")
+    parser.add_argument("--teacher", default="vit_small_patch16_224", help="timm's name of the teacher")
+    parser.add_argument("--size", type=at_least_one, default=Case.size, help="side of the pictures, px")
+    parser.add_argument("--batch", type=at_least_one, default=Case.batch, help="pictures in a pass")
+    parser.add_argument("--ratio", type=float, default=Case.ratio, help="share of patches that is hidden")
+    parser.add_argument("--half", action="store_true", help="both sides under bf16 autocast")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of what is stored")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
+    arguments = parser.parse_args(argv)
+    check_json(arguments.json)
+    check_device(arguments.device)
+    out, threads = console(), torch.get_num_threads()
+    case = Case(
+        arguments.network, {}, arguments.size, arguments.batch, arguments.ratio, arguments.half, arguments.device
+    )
+    for name in (arguments.network, arguments.teacher):  # before anything is spent
+        check(replace(case, network=name))
+    keep_freed_memory()  # as a run does
+    torch.set_num_threads(arguments.threads)
+    form = Form(arguments.dtype)
+    try:
+        found = [compare_step(name, case, arguments.teacher, form, arguments.rounds) for name in arguments.methods]
+    finally:
+        torch.set_num_threads(threads)
+    timed = "processor time of one thread" if arguments.threads == 1 else f"{arguments.threads} threads"
+    title = f"stored targets, {timed} on {platform.machine()}, torch {torch.__version__}"
+    out.print(pairs_table([each.pair for each in found], title))
+    table = Table("method", "bytes a look", "pictures in a GB", f"{arguments.dtype} is off by")
+    for name, each in zip(arguments.methods, found, strict=True):
+        table.add_row(name, f"{each.bytes_per_look:,}", f"{10**9 // each.bytes_per_look:,}", f"{each.error:.1e}")
+    out.print(table)
+    write_json(arguments.json, [each.row() for each in found])
     return 0
 
 

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from ssd.benchmarks import cached, masked
 from ssd.benchmarks import data as benchmark
-from ssd.benchmarks import masked
 from ssd.benchmarks.evaluation import clouds, train_layers
 from ssd.benchmarks.memory import peak_bytes
 from ssd.benchmarks.packed import packed_pass
 from ssd.benchmarks.paired import compare
 from ssd.benchmarks.step import PARTS, Case, Lightlys, Ours
+from ssd.cached_targets.forms import Form
 from ssd.cli import main
 from ssd.evaluation.linear import RATES, train_heads
 
@@ -214,3 +215,17 @@ def test_layers_in_a_loop_are_the_heads_of_one_product():
     heads = train_heads(features, labels, RATES, 4, epochs=6, min_steps=1)
     for number, layer in enumerate(train_layers(features, labels, 4, steps=6)):
         assert_close(heads.weight[number].T, layer.weight.detach(), atol=1e-4, rtol=1e-4)
+
+
+SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("dbot", 17 * 24), ("dmae", 5 * 24), ("leap", 17 * 24)])
+def test_stored_targets_are_timed_beside_the_teacher_and_weighed(name, numbers):
+    """A class token and 16 patches, or 4 of them, of 24 numbers in half precision."""
+    case = masked.Case(arguments=SMALL, size=32, batch=2)
+    found = cached.compare_step(name, case, "vit_tiny_patch16_224", Form("float16"), rounds=1)
+    assert found.bytes_per_look == 2 * numbers
+    assert 1e-5 < found.error < 1 / 2048, "rounding, and no more"
+    row = found.row()
+    assert row["low"] <= row["ratio"] <= row["high"] and row["against"] == "the teacher's pass"
