@@ -77,6 +77,7 @@ class RandomTeacher(SelfDistillation):
         if "global" not in self.views.kinds():
             raise UserError("views: this recipe has no 'global' view, which both networks see. Use the recipe 'plain'.")
         self.student_temperature = student_temperature
+        self.weight_norm = weight_norm
         self.teacher_temperature = teacher_temperature
 
         def head() -> PrototypeHead:
@@ -106,7 +107,7 @@ class RandomTeacher(SelfDistillation):
         }  # (V, B, K)
 
     def asked_of_teacher(self) -> dict[str, Any]:
-        return {"temperature": self.teacher_temperature}
+        return {"temperature": self.teacher_temperature, "weight_norm": self.weight_norm}
 
     def losses(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         if torch.is_autocast_enabled(batch.views["global"].device.type):

@@ -52,7 +52,8 @@ def check_targets(module: Step, data: Any) -> None:
 def ask_again(module: Step, data: Any, folder: TargetFolder) -> None:
     """The teacher's answers to a few samples, beside what is stored of them: what no record tells. Raises UserError where they
     are far apart."""
-    seen = data.on_after_batch_transfer(data.batch_of_looks([(0, index) for index in range(ASKED_AGAIN)]), 0)
+    looks = [(0, index) for index in range(min(ASKED_AGAIN, len(data.source)))]
+    seen = data.on_after_batch_transfer(data.batch_of_looks(looks), 0)
     if not all(map(folder.holds, seen.index.tolist())):
         return
     here = answers_of(module, seen, data.seed, Form(**folder.form))

@@ -125,6 +125,9 @@ def test_the_teacher_is_never_asked_in_a_run_that_reads(targets, tmp_path):
     run(tmp_path, module, callbacks=[begun])
     assert asked == [0, -1], "once, for the first samples, before the first step"
     assert module.teacher.rests
+    # of a teacher on another device data-parallel training must not know
+    ignored = set(module._ddp_params_and_buffers_to_ignore)
+    assert ignored == {name for name in module.state_dict() if name.startswith("teacher.")} and ignored
 
 
 @pytest.mark.parametrize("workers", [0, 2])
