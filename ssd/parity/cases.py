@@ -1,6 +1,6 @@
 """Everything that `ssd verify parity` compares, in the order of its table."""
 
-from ssd.parity import mask_statistics, masked_parts, masked_trajectories, parts, trajectories
+from ssd.parity import layer_targets, mask_statistics, masked_parts, masked_trajectories, parts, trajectories
 from ssd.parity.compare import Case
 
 ROUNDING = 5e-6
@@ -63,4 +63,11 @@ CASES = (
     Case("dBOT of two stages, 20 steps", TWENTY_STEPS, masked_trajectories.dbot),
     Case("DMAE, 20 steps", TWENTY_STEPS, masked_trajectories.dmae),
     Case("further pretraining of two stages, 20 steps", TWENTY_STEPS, masked_trajectories.further_pretraining),
+    Case("normalised layers", ROUNDING, layer_targets.normalised),
+    Case("convolutional decoder", ROUNDING, layer_targets.conv_decoder),
+    Case("masks, inverse squares (data2vec 2.0)", SAMPLING, layer_targets.squares, rounds=False),
+    Case("masks, inverse squares, visible counts", EXACT, layer_targets.visible_counts),
+    Case("data2vec, 20 steps", TWENTY_STEPS, layer_targets.data2vec),
+    Case("data2vec 2.0, 20 steps", TWENTY_STEPS, layer_targets.data2vec2),
+    Case("data2vec 2.0 with the published sum, 20 steps", TWENTY_STEPS, layer_targets.data2vec2_published_sum),
 )

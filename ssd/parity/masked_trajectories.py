@@ -1,6 +1,7 @@
 """Twenty steps of each method of masked regression, which differ from the others in what they see: visible patches alone, at
 fixed positions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,10 +93,14 @@ def visible_alone(step: int) -> Masks:
     return Masks(hidden, ordered(hidden.numpy()), ordered(~hidden.numpy()))
 
 
-def run_masked(module: Step, device: torch.device) -> dict[str, Tensor]:
+def run_masked(
+    module: Step, device: torch.device, masked: Callable[[int], Masks] = visible_alone, **more: Any
+) -> dict[str, Tensor]:
+    """`run` of a method whose networks' positions are fixed; `more` is for it."""
+
     def begin() -> None:
         with torch.no_grad():
             keep_positions(module)
         module.begin_fresh()
 
-    return run(module, device, visible_alone, after_filling=begin)
+    return run(module, device, masked, after_filling=begin, **more)

@@ -4,7 +4,8 @@ Methods are imported inside, so that the parts stay free of Lightning.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ STEPS, PER_EPOCH, SAMPLES = 20, 5, 8
 # norms of clipping are amid those of the gradients, because Adam takes no notice of a factor that all steps share
 
 SIZE: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
+CENTRES = MappingProxyType({"center.center": "center", "patch_center.center": "patch_center"})
 HEAD: dict[str, Any] = {"head_hidden_dim": 16, "head_bottleneck_dim": 8, "num_prototypes": 32}
 
 
@@ -161,15 +163,24 @@ def run(
     device: torch.device,
     masked: Callable[[int], Masks] | None = of_many_sizes,
     after_filling: Callable[[], None] | None = None,
+    batches: Callable[[int], Batch] | None = None,
+    memory: Mapping[str, str] = CENTRES,
+    beside: Mapping[str, nn.Module] = MappingProxyType({}),
+    watched: Callable[[], dict[str, float]] = dict,
 ) -> dict[str, Tensor]:
-    """Every loss term and the gradients' norm by step; centres and how far each weight of student and teacher went.
+    """Every loss term and the gradients' norm by step; what is remembered and how far each weight of student and teacher
+    went.
 
     Args:
         masked: step -> the masks of its global views; None for a method without.
         after_filling: what a method does before its first step, once weights are there.
+        batches: step -> its batch, where that is more than pictures and masks.
+        memory: buffers of the module that are compared behind the last step -> what they are called.
+        beside: other networks that learn.
+        watched: what else is compared behind each step.
     """
     module.to(device).train()
-    networks: dict[str, nn.Module] = {"student": module.student}
+    networks: dict[str, nn.Module] = {"student": module.student, **beside}
     if not isinstance(module.teacher, NoTeacher):
         networks["teacher"] = module.teacher.network  # type: ignore[assignment]
     for network in networks.values():
@@ -184,14 +195,13 @@ def run(
     optimizers = module.build_optimizers()
     curves: dict[str, list[float]] = {}
     for step in range(STEPS):
-        report = module.take_step(batch_of(module, step, masked).to(device), optimizers)
-        for name, value in {**report.terms, "gradient norm": report.gradient_norm}.items():
+        batch = batch_of(module, step, masked) if batches is None else batches(step)
+        report = module.take_step(batch.to(device), optimizers)
+        for name, value in {**report.terms, "gradient norm": report.gradient_norm, **watched()}.items():
             curves.setdefault(name, []).append(value)
 
     values = {name: torch.tensor(curve, dtype=torch.float64) for name, curve in curves.items()}
-    for name, buffer in module.named_buffers():
-        if name in ("center.center", "patch_center.center"):
-            values[name.partition(".")[0]] = buffer
+    values |= {memory[name]: buffer for name, buffer in module.named_buffers() if name in memory}
     for kind, network in networks.items():
         for name, parameter in network.named_parameters():
             change = without_key_bias(name, (parameter - before[kind][name]).detach())

@@ -1,6 +1,6 @@
 """The restatement of each case of `ssd verify parity`, by its name in the table."""
 
-from tests.parity import restated_masked, restated_masks, restated_parts, restated_trajectories
+from tests.parity import restated_layers, restated_masked, restated_masks, restated_parts, restated_trajectories
 
 RESTATED = {
     "random numbers of places": restated_parts.random_numbers,
@@ -51,4 +51,11 @@ RESTATED = {
     "dBOT of two stages, 20 steps": restated_masked.dbot,
     "DMAE, 20 steps": restated_masked.dmae,
     "further pretraining of two stages, 20 steps": restated_masked.further_pretraining,
+    "normalised layers": restated_layers.normalised,
+    "convolutional decoder": restated_layers.conv_decoder,
+    "masks, inverse squares (data2vec 2.0)": restated_layers.squares,
+    "masks, inverse squares, visible counts": restated_layers.visible_counts,
+    "data2vec, 20 steps": restated_layers.data2vec,
+    "data2vec 2.0, 20 steps": restated_layers.data2vec2,
+    "data2vec 2.0 with the published sum, 20 steps": restated_layers.data2vec2_published_sum,
 }

@@ -37,11 +37,12 @@ class Learner:
     """AdamW by hand over a table of weights, by one of three families of rules; and the teacher's average.
 
     By the rules "masked" the rate is what `learn` is given, and `decay` that of all but biases and vectors.
+    `second` is the share of old squares that is kept.
     """
 
-    def __init__(self, student, rules, clip=None, untrained=(), decay=None):
+    def __init__(self, student, rules, clip=None, untrained=(), decay=None, second=None):
         self.student, self.rules, self.clip, self.untrained = student, rules, clip, untrained
-        self.decay, self.second = decay, 0.95 if rules == "masked" else 0.999
+        self.decay, self.second = decay, second or (0.95 if rules == "masked" else 0.999)
         self.forget()
         self.start = {name: p.detach().clone() for name, p in student.items()}
         self.curves = {}
@@ -111,8 +112,9 @@ class Learner:
             lr *= 0.2
         return lr, 0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else decay
 
-    def average(self, i, teacher):
-        momentum = 1 - (1 - 0.9) * 0.5 * (1 + math.cos(math.pi * i / STEPS))
+    def average(self, i, teacher, momentum=None):
+        if momentum is None:
+            momentum = 1 - (1 - 0.9) * 0.5 * (1 + math.cos(math.pi * i / STEPS))
         with torch.no_grad():
             for name, t in teacher.items():
                 t.mul_(momentum).add_(self.student[name], alpha=1 - momentum)
