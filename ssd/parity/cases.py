@@ -1,6 +1,14 @@
 """Everything that `ssd verify parity` compares, in the order of its table."""
 
-from ssd.parity import layer_targets, mask_statistics, masked_parts, masked_trajectories, parts, trajectories
+from ssd.parity import (
+    frozen_teachers,
+    layer_targets,
+    mask_statistics,
+    masked_parts,
+    masked_trajectories,
+    parts,
+    trajectories,
+)
 from ssd.parity.compare import Case
 
 ROUNDING = 5e-6
@@ -70,4 +78,14 @@ CASES = (
     Case("data2vec, 20 steps", TWENTY_STEPS, layer_targets.data2vec),
     Case("data2vec 2.0, 20 steps", TWENTY_STEPS, layer_targets.data2vec2),
     Case("data2vec 2.0 with the published sum, 20 steps", TWENTY_STEPS, layer_targets.data2vec2_published_sum),
+    Case("likeness (CKA)", ROUNDING, frozen_teachers.likeness),
+    Case("course of a target block", EXACT, frozen_teachers.courses),
+    Case("mixed pictures", ROUNDING, frozen_teachers.mixtures),
+    Case("patches that stay", EXACT, frozen_teachers.redundancy),
+    Case("relations of tokens", ROUNDING, frozen_teachers.relations),
+    Case("LEAP, 20 steps", TWENTY_STEPS, frozen_teachers.leap),
+    Case("LEAP with the published likeness, 20 steps", TWENTY_STEPS, frozen_teachers.leap_published_likeness),
+    Case("LEAP's match of all blocks, 20 steps", TWENTY_STEPS, frozen_teachers.leap_all_blocks),
+    Case("hybrid distillation, 20 steps", TWENTY_STEPS, frozen_teachers.hybrid),
+    Case("hybrid distillation of values, 20 steps", TWENTY_STEPS, frozen_teachers.hybrid_values),
 )

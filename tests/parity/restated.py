@@ -1,6 +1,13 @@
 """The restatement of each case of `ssd verify parity`, by its name in the table."""
 
-from tests.parity import restated_layers, restated_masked, restated_masks, restated_parts, restated_trajectories
+from tests.parity import (
+    restated_frozen,
+    restated_layers,
+    restated_masked,
+    restated_masks,
+    restated_parts,
+    restated_trajectories,
+)
 
 RESTATED = {
     "random numbers of places": restated_parts.random_numbers,
@@ -58,4 +65,14 @@ RESTATED = {
     "data2vec, 20 steps": restated_layers.data2vec,
     "data2vec 2.0, 20 steps": restated_layers.data2vec2,
     "data2vec 2.0 with the published sum, 20 steps": restated_layers.data2vec2_published_sum,
+    "likeness (CKA)": restated_frozen.likeness,
+    "course of a target block": restated_frozen.courses,
+    "mixed pictures": restated_frozen.mixtures,
+    "patches that stay": restated_frozen.redundancy,
+    "relations of tokens": restated_frozen.relations,
+    "LEAP, 20 steps": restated_frozen.leap,
+    "LEAP with the published likeness, 20 steps": restated_frozen.leap_published_likeness,
+    "LEAP's match of all blocks, 20 steps": restated_frozen.leap_all_blocks,
+    "hybrid distillation, 20 steps": restated_frozen.hybrid,
+    "hybrid distillation of values, 20 steps": restated_frozen.hybrid_values,
 }

@@ -66,19 +66,18 @@ class Learner:
                 last = "last_layer" in name
                 if self.rules == "dino" and frozen and last:
                     continue  # the optimiser does not see it
-                first, second, count = self.moments[name]
-                first = 0.9 * first + 0.1 * clipped[name]
-                second = self.second * second + (1 - self.second) * clipped[name] ** 2
-                self.moments[name] = first, second, count + 1
                 lr, decay = self.rates(i, name, p, peak)
                 if self.rules == "dinov2" and frozen and last:
                     lr = 0.0  # it gathers moments alone
-                p.mul_(1 - lr * decay)
-                p.sub_(
-                    lr
-                    * (first / (1 - 0.9 ** (count + 1)))
-                    / ((second / (1 - self.second ** (count + 1))).sqrt() + 1e-8)
-                )
+                self.move(name, p, clipped[name], lr, decay)
+
+    def move(self, name, p, gradient, lr, decay):
+        first, second, count = self.moments[name]
+        first = 0.9 * first + 0.1 * gradient
+        second = self.second * second + (1 - self.second) * gradient**2
+        self.moments[name] = first, second, count + 1
+        p.mul_(1 - lr * decay)
+        p.sub_(lr * (first / (1 - 0.9 ** (count + 1))) / ((second / (1 - self.second ** (count + 1))).sqrt() + 1e-8))
 
     def clipped(self, gradients):
         if self.clip is None:
@@ -126,6 +125,21 @@ class Learner:
         for name, p in teacher.items():
             values[f"teacher {name}"] = without_key_bias(name, (p - teacher_start[name]).detach())
         return values
+
+
+class LARSLearner(Learner):
+    """LARS by hand: matrices and kernels move by a share of their own length, vectors by the gradient as it is."""
+
+    trust = 1e-3
+
+    def move(self, name, p, gradient, lr, decay):
+        velocity = self.moments[name][0]
+        if p.ndim > 1:
+            gradient = gradient + decay * p
+            gradient = self.trust * p.norm() / gradient.norm() * gradient
+        velocity = 0.9 * velocity + gradient
+        self.moments[name] = velocity, velocity, 0
+        p.sub_(lr * velocity)
 
 
 def without_token(table):

@@ -171,7 +171,7 @@ def matched_one_block_later(monkeypatch):
     monkeypatch.setattr(lightning_modules.dmae, "three_quarters", lambda network: network.num_blocks)
 
 
-LATER = {"layer_targets"}
+LATER = {"layer_targets", "frozen_teachers", "disjoint", "maps", "capi", "codes", "clips"}
 """Modules of cases whose faults are in `test_faults`."""
 OTHERS = [case.name for case in CASES if case.compute.__module__.removeprefix("ssd.parity.") not in LATER]
 METHODS = [name for name in OTHERS if name.endswith("20 steps")]
