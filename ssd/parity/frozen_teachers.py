@@ -4,7 +4,6 @@ distillation."""
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ssd.backbones.redundancy import least_redundant
 from ssd.backbones.vit import ViT
@@ -13,7 +12,7 @@ from ssd.cka import linear_cka
 from ssd.curriculum import Curriculum
 from ssd.mixing import mixed
 from ssd.optim import Clip
-from ssd.parity.inputs import numbers, pictures
+from ssd.parity.inputs import normalisation, numbers, pictures
 from ssd.parity.masked_trajectories import RATE, keep_positions, vit
 from ssd.parity.parts import Outputs, leaf, with_gradients
 from ssd.parity.trajectories import SAMPLES, SIZE, run
@@ -164,10 +163,6 @@ def of_known_normalisation(step: int) -> Batch:
     """One view of each picture, and by which mean and deviation it was normalised."""
     views = {"global": pictures("global", step, 1, SAMPLES, 3, 32, 32)}
     return Batch(views=views, index=torch.arange(SAMPLES), total=SAMPLES, normalisation=normalisation())
-
-
-def normalisation() -> Tensor:
-    return torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.25, 0.3]])
 
 
 def hold_positions(module: Step) -> None:

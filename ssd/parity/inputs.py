@@ -52,6 +52,24 @@ def pictures(kind: str, step: int, *shape: int) -> Tensor:
     return numbers(f"pictures {kind} {step}", *shape) * math.sqrt(3)
 
 
+def normalisation() -> Tensor:
+    """(2, 3) mean and deviation, of values in [0, 1], as data would have been normalised by."""
+    return torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.25, 0.3]])
+
+
+def levels(name: str, *shape: int) -> Tensor:
+    """Whole numbers from 0 to 253 (..., H, W), whose differences along columns are odd but at the border: no gradient points
+    to where one bin of directions ends, so that rounding moves none into the next."""
+    even = 2 * (60 * (numbers(name, *shape) + 1)).floor()
+    return even + torch.arange(shape[-2]).div(2, rounding_mode="floor")[:, None]
+
+
+def level_pictures(step: int) -> Tensor:
+    """(1, 8, 3, 32, 32) of one step, normalised, whose `levels` are whole numbers."""
+    mean, deviation = normalisation()[:, :, None, None]
+    return (levels(f"levels {step}", 1, 8, 3, 32, 32) / 255 - mean) / deviation
+
+
 COUNTS = ((5, 0, 3, 8, 0, 2, 0, 6), (0, 7, 1, 0, 4, 0, 5, 0))
 
 

@@ -112,11 +112,11 @@ def relations():
 
 
 def entered(w, x):
-    """What enters the first block, (B, 1 + N, D), patches of any size on four rows of four."""
+    """What enters the first block, (B, 1 + N, D), of square patches of any size."""
     kernel = w["patch_embed.proj.weight"]
     tokens = cut(x, kernel.shape[2]) @ kernel.permute(0, 2, 3, 1).flatten(1).T + w["patch_embed.proj.bias"]
-    width = tokens.shape[2]
-    return torch.cat([w["cls_token"].expand(len(x), -1, -1), tokens + table_of((4, 4), width)], 1)
+    side, width = math.isqrt(tokens.shape[1]), tokens.shape[2]
+    return torch.cat([w["cls_token"].expand(len(x), -1, -1), tokens + table_of((side, side), width)], 1)
 
 
 def ends(w, x, heads=2):

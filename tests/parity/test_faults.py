@@ -1,19 +1,29 @@
 """What is broken in a part or a method is seen by every case that holds it, and by no other of its family."""
 
 import pytest
+import torch
 
+import lightning_modules.capi
 import lightning_modules.data2vec
 import lightning_modules.data2vec2
+import lightning_modules.dmjd
 import lightning_modules.hybrid
 import lightning_modules.leap
+import lightning_modules.pcd
+import ssd.backbones.rotary_vit
 import ssd.backbones.vit
+import ssd.hog
 import ssd.parity.frozen_teachers
+import ssd.spatial
+import ssd.views.overlap
 from ssd.curriculum import Curriculum
 from ssd.losses.regression import absolute_error
-from ssd.masking.recipes import InverseSquareMasks
+from ssd.masking.recipes import DisjointMasks, InverseSquareMasks, RandomMasks
 from ssd.parity.cases import CASES
+from ssd.queue import Queue
 from ssd.step import Step
-from tests.parity.test_parity import clip_too_late, momentum_off, no_trust, row
+from ssd.targets import Sinkhorn
+from tests.parity.test_parity import clip_too_late, momentum_off, no_trust, row, temperature_off, two_iterations
 
 
 def family(module):
@@ -150,3 +160,126 @@ FROZEN_FAULTS = [
 def test_a_fault_in_learning_from_frozen_networks(fault, named, monkeypatch):
     fault(monkeypatch)
     assert seen("frozen_teachers", named) == named
+
+
+# ---------------------------------------------------------------- disjoint masks
+
+DMJD, DMJD_TEACHER = "DMJD, 20 steps", "DMJD with a teacher, 20 steps"
+
+
+def targets_out_of_order(monkeypatch):
+    """What the released code does: visible tokens beside the targets of other places."""
+    places = lightning_modules.dmjd.places
+    monkeypatch.setattr(lightning_modules.dmjd, "places", lambda tokens, where: places(tokens, where).flip(1))
+
+
+def rate_as_it_is(monkeypatch):
+    monkeypatch.setattr(lightning_modules.dmjd, "predictions_of_a_hidden_patch", lambda masks: 1.0)
+
+
+def strong_edges_count_more(monkeypatch):
+    monkeypatch.setattr(ssd.hog, "layer_normed", lambda found: found / 20)
+
+
+def as_they_fall(monkeypatch):
+    draw = lambda self, views, batch, grid, rng: RandomMasks(self.ratio, cell=self.cell).masks(views, batch, grid, rng)
+    monkeypatch.setattr(DisjointMasks, "masks", draw)
+
+
+DISJOINT_FAULTS = [
+    (targets_out_of_order, {DMJD, DMJD_TEACHER}),
+    (rate_as_it_is, {DMJD}),
+    (strong_edges_count_more, {"gradients of pictures (HOG)", DMJD}),
+    (as_they_fall, {"masks, disjoint, counts"}),
+]
+
+
+@pytest.mark.parametrize("fault, named", DISJOINT_FAULTS, ids=[fault.__name__ for fault, _ in DISJOINT_FAULTS])
+def test_a_fault_in_disjoint_masks_and_their_targets(fault, named, monkeypatch):
+    fault(monkeypatch)
+    assert seen("disjoint", named) == named
+
+
+# ---------------------------------------------------------------- maps
+
+PCD, PCD_BOXES, PCD_INDEX = (f"{name}, 20 steps" for name in ("PCD", "PCD of boxes", "PCD of the published pairing"))
+
+
+def plain_relu(monkeypatch):
+    monkeypatch.setattr(ssd.spatial, "SpatialReLU", torch.nn.ReLU)
+
+
+def empty_places_count(monkeypatch):
+    monkeypatch.setattr(Queue, "valid", property(lambda self: torch.ones(len(self.vectors), dtype=torch.bool)))
+
+
+def flips_forgotten(monkeypatch):
+    in_view = ssd.views.overlap.in_view
+
+    def upright(places, box):
+        return in_view(places, box * torch.tensor([1.0, 1, 1, 1, 0]))
+
+    monkeypatch.setattr(ssd.views.overlap, "in_view", upright)
+
+
+def always_the_same_view(monkeypatch):
+    init = lightning_modules.pcd.PCD.__init__
+    pairing = lambda self, *networks, **settings: init(self, *networks, **{**settings, "pairing": "same"})
+    monkeypatch.setattr(lightning_modules.pcd.PCD, "__init__", pairing)
+
+
+MAP_FAULTS = [
+    (plain_relu, {"heads carried over to maps", PCD}),
+    (empty_places_count, {"queue", PCD, PCD_BOXES, PCD_INDEX}),
+    (flips_forgotten, {"places that two views share", PCD_BOXES}),
+    (always_the_same_view, {PCD_BOXES, PCD_INDEX}),
+]
+
+
+@pytest.mark.parametrize("fault, named", MAP_FAULTS, ids=[fault.__name__ for fault, _ in MAP_FAULTS])
+def test_a_fault_in_drawing_maps_together(fault, named, monkeypatch):
+    fault(monkeypatch)
+    assert seen("maps", named) == named
+
+
+# ---------------------------------------------------------------- clusters of patches
+
+CAPI, CAPI_JOINT = "CAPI, 20 steps", "CAPI balanced over all places, 20 steps"
+
+
+def all_places_together(monkeypatch):
+    forward = Sinkhorn.forward
+    monkeypatch.setattr(Sinkhorn, "forward", lambda self, *arguments: forward(Sinkhorn(), *arguments))
+
+
+def mixed_axes(monkeypatch):
+    monkeypatch.setattr(ssd.backbones.rotary_vit.RotaryViT.__init__, "__kwdefaults__", MIXED)
+
+
+def registers_at_the_corner(monkeypatch):
+    corner = lambda count, device=None: torch.zeros(count, 2)
+    monkeypatch.setattr(ssd.backbones.rotary_vit, "border_places", corner)
+
+
+def clusters_do_not_decay(monkeypatch):
+    value_of = Step.value_of
+    none = lambda self, setting, step: 0.0 if setting == 0.01 else value_of(self, setting, step)
+    monkeypatch.setattr(Step, "value_of", none)
+
+
+MIXED = {**(ssd.backbones.rotary_vit.RotaryViT.__init__.__kwdefaults__ or {}), "mixed_axes": True}
+CAPI_FAULTS = [
+    (momentum_off, {CAPI, CAPI_JOINT}),
+    (temperature_off, {CAPI, CAPI_JOINT}),
+    (two_iterations, {"Sinkhorn-Knopp of places", CAPI, CAPI_JOINT}),
+    (all_places_together, {"Sinkhorn-Knopp of places", CAPI}),
+    (mixed_axes, {CAPI, CAPI_JOINT}),
+    (registers_at_the_corner, {CAPI, CAPI_JOINT}),
+    (clusters_do_not_decay, {CAPI, CAPI_JOINT}),
+]
+
+
+@pytest.mark.parametrize("fault, named", CAPI_FAULTS, ids=[fault.__name__ for fault, _ in CAPI_FAULTS])
+def test_a_fault_in_clusters_of_patches(fault, named, monkeypatch):
+    fault(monkeypatch)
+    assert seen("capi", named) == named
