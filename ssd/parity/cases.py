@@ -2,6 +2,8 @@
 
 from ssd.parity import (
     capi,
+    clips,
+    codes,
     disjoint,
     frozen_teachers,
     layer_targets,
@@ -109,4 +111,12 @@ CASES = (
     Case("Sinkhorn-Knopp of places", ROUNDING, capi.assignments),
     Case("CAPI, 20 steps", TWENTY_STEPS, capi.capi),
     Case("CAPI balanced over all places, 20 steps", TWENTY_STEPS, capi.capi_joint),
+    Case("codebooks", ROUNDING, codes.codebooks),
+    Case("schedules of speech", FORMULA, codes.schedules, rounds=False),
+    Case("masks, spans (DinoSR)", SAMPLING, codes.spans, rounds=False),
+    Case("DinoSR, 20 steps", TWENTY_STEPS, codes.dinosr),
+    Case("SpidR, 20 steps", TWENTY_STEPS, codes.spidr),
+    Case("balanced assignments (DISCOVR)", ROUNDING, clips.assignments),
+    Case("DISCOVR, 20 steps", TWENTY_STEPS, clips.discovr),
+    Case("DISCOVR with released assignments, 20 steps", TWENTY_STEPS, clips.discovr_released),
 )

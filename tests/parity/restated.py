@@ -2,6 +2,8 @@
 
 from tests.parity import (
     restated_capi,
+    restated_clips,
+    restated_codes,
     restated_disjoint,
     restated_frozen,
     restated_layers,
@@ -96,4 +98,12 @@ RESTATED = {
     "Sinkhorn-Knopp of places": restated_capi.assignments,
     "CAPI, 20 steps": restated_capi.capi,
     "CAPI balanced over all places, 20 steps": restated_capi.capi_joint,
+    "codebooks": restated_codes.codebooks,
+    "schedules of speech": restated_codes.schedules,
+    "masks, spans (DinoSR)": restated_codes.spans,
+    "DinoSR, 20 steps": restated_codes.dinosr,
+    "SpidR, 20 steps": restated_codes.spidr,
+    "balanced assignments (DISCOVR)": restated_clips.assignments,
+    "DISCOVR, 20 steps": restated_clips.discovr,
+    "DISCOVR with released assignments, 20 steps": restated_clips.discovr_released,
 }

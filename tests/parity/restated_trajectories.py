@@ -40,6 +40,8 @@ class Learner:
     `second` is the share of old squares that is kept.
     """
 
+    eps = 1e-8
+
     def __init__(self, student, rules, clip=None, untrained=(), decay=None, second=None):
         self.student, self.rules, self.clip, self.untrained = student, rules, clip, untrained
         self.decay, self.second = decay, second or (0.95 if rules == "masked" else 0.999)
@@ -77,7 +79,8 @@ class Learner:
         second = self.second * second + (1 - self.second) * gradient**2
         self.moments[name] = first, second, count + 1
         p.mul_(1 - lr * decay)
-        p.sub_(lr * (first / (1 - 0.9 ** (count + 1))) / ((second / (1 - self.second ** (count + 1))).sqrt() + 1e-8))
+        root = (second / (1 - self.second ** (count + 1))).sqrt() + self.eps
+        p.sub_(lr * (first / (1 - 0.9 ** (count + 1))) / root)
 
     def clipped(self, gradients):
         if self.clip is None:

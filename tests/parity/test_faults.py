@@ -6,6 +6,8 @@ import torch
 import lightning_modules.capi
 import lightning_modules.data2vec
 import lightning_modules.data2vec2
+import lightning_modules.dinosr
+import lightning_modules.discovr
 import lightning_modules.dmjd
 import lightning_modules.hybrid
 import lightning_modules.leap
@@ -16,6 +18,8 @@ import ssd.hog
 import ssd.parity.frozen_teachers
 import ssd.spatial
 import ssd.views.overlap
+from ssd.backbones.transformer import Block
+from ssd.codebooks import Codebooks
 from ssd.curriculum import Curriculum
 from ssd.losses.regression import absolute_error
 from ssd.masking.recipes import DisjointMasks, InverseSquareMasks, RandomMasks
@@ -23,7 +27,16 @@ from ssd.parity.cases import CASES
 from ssd.queue import Queue
 from ssd.step import Step
 from ssd.targets import Sinkhorn
-from tests.parity.test_parity import clip_too_late, momentum_off, no_trust, row, temperature_off, two_iterations
+from ssd.teachers import EMA
+from tests.parity.test_parity import (
+    centre_first,
+    clip_too_late,
+    momentum_off,
+    no_trust,
+    row,
+    temperature_off,
+    two_iterations,
+)
 
 
 def family(module):
@@ -283,3 +296,91 @@ CAPI_FAULTS = [
 def test_a_fault_in_clusters_of_patches(fault, named, monkeypatch):
     fault(monkeypatch)
     assert seen("capi", named) == named
+
+
+# ---------------------------------------------------------------- codes of sounds
+
+DINOSR, SPIDR = "DinoSR, 20 steps", "SpidR, 20 steps"
+
+
+def padding_counts(monkeypatch):
+    normed = lightning_modules.dinosr.instance_normed
+    monkeypatch.setattr(lightning_modules.dinosr, "instance_normed", lambda layer, valid: normed(layer))
+
+
+def codes_without_hits_fade(monkeypatch):
+    update = Codebooks.update
+    hit = lambda self, sums, counts, fresh=None: update(self, sums, counts.clamp_min(1e-9))
+    monkeypatch.setattr(Codebooks, "update", hit)
+
+
+def front_end_goes_on(monkeypatch):
+    monkeypatch.setattr(lightning_modules.dinosr.DinoSR, "resting", lambda self: ())
+
+
+def positions_are_averaged(monkeypatch):
+    init = EMA.__init__
+    monkeypatch.setattr(EMA, "__init__", lambda self, network, **settings: init(self, network, buffers="average"))
+
+
+def behind_the_sum(monkeypatch):
+    """What the block answers in place of what its MLP adds."""
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *place: (forward(self, *place)[0],) * 2)
+
+
+CODE_FAULTS = [
+    (padding_counts, {DINOSR, SPIDR}),
+    (codes_without_hits_fade, {"codebooks", DINOSR, SPIDR}),
+    (front_end_goes_on, {DINOSR, SPIDR}),
+    (positions_are_averaged, {DINOSR, SPIDR}),
+    (behind_the_sum, {DINOSR, SPIDR}),
+    (clip_too_late, {SPIDR}),
+]
+
+
+@pytest.mark.parametrize("fault, named", CODE_FAULTS, ids=[fault.__name__ for fault, _ in CODE_FAULTS])
+def test_a_fault_in_codes_of_sounds(fault, named, monkeypatch):
+    fault(monkeypatch)
+    assert seen("codes", named) == named
+
+
+# ---------------------------------------------------------------- clips and frames
+
+DISCOVR, RELEASED = "DISCOVR, 20 steps", "DISCOVR with released assignments, 20 steps"
+
+
+def another_place(monkeypatch):
+    """What the released code does: every second token where every second frame was meant."""
+    standardised = lightning_modules.discovr.standardised_over_patches
+    monkeypatch.setattr(
+        lightning_modules.discovr, "standardised_over_patches", lambda patches: standardised(patches).roll(1, 1)
+    )
+
+
+def half_the_rounds(monkeypatch):
+    knopp = lightning_modules.discovr.sinkhorn_knopp
+    fewer = lambda scores, temperature, rounds: knopp(scores, temperature, rounds // 2)
+    monkeypatch.setattr(lightning_modules.discovr, "sinkhorn_knopp", fewer)
+
+
+def soft_for_both(monkeypatch):
+    init = lightning_modules.discovr.DISCOVR.__init__
+    soft = lambda self, *networks, **settings: init(self, *networks, **{**settings, "hard_assignments": False})
+    monkeypatch.setattr(lightning_modules.discovr.DISCOVR, "__init__", soft)
+
+
+CLIP_FAULTS = [
+    (momentum_off, {DISCOVR, RELEASED}),
+    (temperature_off, {DISCOVR, RELEASED}),
+    (centre_first, {DISCOVR, RELEASED}),
+    (another_place, {DISCOVR, RELEASED}),
+    (half_the_rounds, {DISCOVR, RELEASED}),
+    (soft_for_both, {RELEASED}),
+]
+
+
+@pytest.mark.parametrize("fault, named", CLIP_FAULTS, ids=[fault.__name__ for fault, _ in CLIP_FAULTS])
+def test_a_fault_in_clips_and_frames(fault, named, monkeypatch):
+    fault(monkeypatch)
+    assert seen("clips", named) == named
