@@ -129,13 +129,13 @@ def of_codes(device: torch.device, **settings: Any) -> Outputs:
         SpeechEncoder(rate_hz=8000, **network, **still),
         views=SoundViews(rate_hz=8000, global_count=1, global_length_s=None, local_count=0),
         num_codebooks=2,
-        num_codes=6,
+        num_codes=20,
         lr=TriStage(2e-3, 2e-5, warmup=0.2, warmup_start=2e-5, hold=0.3),
         **settings,
     )
 
     def known_codes() -> None:
-        module.codebooks.sums.copy_(numbers("codes", 2, 6, 32))
+        module.codebooks.sums.copy_(numbers("codes", 2, 20, 32))
 
     memory = {"codebooks.sums": "sums", "codebooks.counts": "counts"}
     return run(module, device, after_filling=known_codes, batches=of_unequal_lengths, memory=memory)

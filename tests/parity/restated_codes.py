@@ -1,4 +1,4 @@
-"""DinoSR and SpidR in float64, from their papers' equations: each sound by itself, unpadded; codes one by one; and twenty steps."""
+"""DinoSR and SpidR in float64, from their papers' equations: each sound alone and unpadded, codes one by one; twenty steps."""
 
 import math
 import random
@@ -14,7 +14,7 @@ from tests.parity.restated_networks import gelu, layer_norm, parameters, part
 from tests.parity.restated_parts import given
 from tests.parity.restated_trajectories import STEPS, Learner
 
-WIDTH, DEPTH, CHANNELS, CODES = 32, 3, 6, 6
+WIDTH, DEPTH, CHANNELS, CODES = 32, 3, 6, 20
 
 # ---------------------------------------------------------------------- parts
 
