@@ -3,10 +3,12 @@
 import math
 import zlib
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
 
+import lightning_modules
 import lightning_modules.dbot
 import lightning_modules.dino
 import lightning_modules.dmae
@@ -17,6 +19,7 @@ import ssd.backbones.vit
 import ssd.decoders
 import ssd.losses.prototype
 import ssd.normalisers
+import ssd.parity
 import ssd.parity.masked_parts
 from lightning_modules.dinov3 import DINOv3
 from ssd.masking.recipes import BlockMasks, RandomMasks
@@ -41,6 +44,13 @@ def row(name):
 
 def test_every_case_is_recorded_and_restated():
     assert [case.name for case in CASES] == list(RESTATED) == list(recorded())
+
+
+def test_every_method_is_among_the_cases():
+    """By what the modules of cases import."""
+    sources = "".join(path.read_text() for path in Path(ssd.parity.__file__).parent.glob("*.py"))
+    methods = {path.stem for path in Path(lightning_modules.__file__).parent.glob("*.py")} - {"__init__", "base"}
+    assert {method for method in methods if f"from lightning_modules.{method} import" not in sources} == set()
 
 
 VARIANTS = {
