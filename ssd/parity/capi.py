@@ -1,6 +1,8 @@
 """Our values of CAPI: its parameter groups and schedules, assignments for each place, and twenty steps of both networks that
 learn."""
 
+from typing import Any
+
 import torch
 
 from ssd.backbones.rotary_vit import RotaryViT
@@ -20,7 +22,7 @@ from ssd.views.recipes import CropViews
 
 def network() -> RotaryViT:
     """The predictor is wider than the encoder."""
-    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_registers": 8}
+    sizes: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_registers": 8}
     return RotaryViT(patch_size=8, predictor_depth=2, predictor_dim=36, **sizes)
 
 

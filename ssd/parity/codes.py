@@ -12,8 +12,8 @@ from ssd.codebooks import Codebooks, perplexity
 from ssd.masking.batch import packed
 from ssd.masking.recipes import SpanMasks
 from ssd.optim import AdamW, Clip
-from ssd.parity.inputs import distribution, numbers
-from ssd.parity.mask_statistics import BATCH, DRAWS
+from ssd.parity.inputs import SOUND_LENGTHS, distribution, hidden_frames, numbers
+from ssd.parity.mask_statistics import BATCH, DRAWS, span_statistics
 from ssd.parity.parts import Outputs, curve
 from ssd.parity.trajectories import run
 from ssd.schedules import Exponential, Linear, TriStage
@@ -75,36 +75,7 @@ def spans(device: torch.device) -> Outputs:
     )
 
 
-def span_statistics(masks: np.ndarray) -> Outputs:
-    """(n, T) bool -> shares over sequences: of hidden frames, of those whose next is hidden too, and at the ends."""
-    found = {
-        "hidden": masks.mean(),
-        "in twos": (masks[:, 1:] & masks[:, :-1]).mean(),
-        "first": masks[:, 0].mean(),
-        "last": masks[:, -1].mean(),
-    }
-    return {name: torch.tensor(float(value)) for name, value in found.items()}
-
-
 # ---------------------------------------------------------------------- twenty steps
-
-LENGTHS = (240, 130, 200, 300, 160, 260, 150, 220)
-"""Samples of each sound."""
-
-
-def frames_of(samples: int) -> int:
-    """Windows of ten samples every five, of which three every two make a frame."""
-    return ((samples - 10) // 5 + 1 - 3) // 2 + 1
-
-
-def hidden(step: int) -> np.ndarray:
-    """(8, T) bool: two spans of three frames in each sound, which move on with the steps."""
-    table = np.zeros((len(LENGTHS), frames_of(max(LENGTHS))), dtype=bool)
-    for row, length in enumerate(LENGTHS):
-        starts = frames_of(length) - 2
-        for first in (3 * row + step, 7 * row + 4 * step + 5):
-            table[row, first % starts : first % starts + 3] = True
-    return table
 
 
 def dinosr(device: torch.device) -> Outputs:
@@ -143,9 +114,9 @@ def of_codes(device: torch.device, **settings: Any) -> Outputs:
 
 def of_unequal_lengths(step: int) -> Batch:
     """What follows a sound is 0, as padding is."""
-    count = len(LENGTHS)
-    valid = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    sounds = numbers(f"sounds {step}", count, max(LENGTHS)) * 3**0.5
+    count = len(SOUND_LENGTHS)
+    valid = torch.arange(max(SOUND_LENGTHS)) < torch.tensor(SOUND_LENGTHS)[:, None]
+    sounds = numbers(f"sounds {step}", count, max(SOUND_LENGTHS)) * 3**0.5
     sounds = torch.where(valid, sounds, 0.0)
-    masks = {"global": packed(hidden(step)[None], 1, 64)}
+    masks = {"global": packed(hidden_frames(step)[None], 1, 64)}
     return Batch({"global": sounds[None]}, torch.arange(count), count, masks=masks, valid={"global": valid[None]})

@@ -7,6 +7,7 @@ with their versions. They are float32 exactly, so that a restatement in float64 
 import math
 import zlib
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -90,6 +91,37 @@ def equal_masks(step: int, tokens: int = 16, shown: int = 4) -> Tensor:
     for sample in range(8):
         for number in range(shown):
             table[0, sample, (5 * number + 3 * sample + 7 * step) % tokens] = False
+    return table
+
+
+BOXES = (
+    ((0.0, 0.0, 80.0, 60.0, 0.0), (40.0, 20.0, 50.0, 50.0, 1.0)),
+    ((10.0, 5.0, 40.0, 40.0, 1.0), (20.0, 0.0, 60.0, 30.0, 0.0)),
+    ((0.0, 0.0, 30.0, 30.0, 0.0), (60.0, 60.0, 30.0, 30.0, 0.0)),  # nothing in common
+    ((0.0, 0.0, 40.0, 40.0, 1.0), (10.0, 10.0, 20.0, 20.0, 1.0)),
+    ((0.0, 0.0, 40.0, 40.0, 0.0), (38.0, 38.0, 40.0, 40.0, 0.0)),  # too little
+    ((5.0, 5.0, 50.0, 40.0, 0.0), (5.0, 5.0, 50.0, 40.0, 1.0)),
+    ((30.0, 10.0, 50.0, 60.0, 1.0), (20.0, 40.0, 40.0, 30.0, 0.0)),
+    ((0.0, 50.0, 90.0, 30.0, 0.0), (50.0, 30.0, 40.0, 60.0, 0.0)),
+)
+"""(8, 2, 5): left, top, width, height and whether flipped, of two views of each sample."""
+
+SOUND_LENGTHS = (240, 130, 200, 300, 160, 260, 150, 220)
+"""Samples of each sound."""
+
+
+def frames_of_sound(samples: int) -> int:
+    """Windows of ten samples every five, of which three every two make a frame."""
+    return ((samples - 10) // 5 + 1 - 3) // 2 + 1
+
+
+def hidden_frames(step: int) -> np.ndarray:
+    """(8, T) bool: two spans of three frames in each sound, which move on with the steps."""
+    table = np.zeros((len(SOUND_LENGTHS), frames_of_sound(max(SOUND_LENGTHS))), dtype=bool)
+    for row, length in enumerate(SOUND_LENGTHS):
+        starts = frames_of_sound(length) - 2
+        for first in (3 * row + step, 7 * row + 4 * step + 5):
+            table[row, first % starts : first % starts + 3] = True
     return table
 
 

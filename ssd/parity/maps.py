@@ -9,7 +9,7 @@ from ssd.backbones.vit import ViT
 from ssd.batch import Batch
 from ssd.losses.contrastive import queue_contrast
 from ssd.parity.frozen_teachers import hold_positions
-from ssd.parity.inputs import fill, numbers, pictures
+from ssd.parity.inputs import BOXES, fill, numbers, pictures
 from ssd.parity.masked_trajectories import vit
 from ssd.parity.parts import Outputs, leaf, with_gradients
 from ssd.parity.trajectories import SAMPLES, SIZE, run
@@ -71,19 +71,6 @@ def queue(device: torch.device) -> Outputs:
         memory.update(numbers(f"vectors {number}", 3, 2).to(device))
         values |= {f"behind {number}": memory.vectors.clone(), f"there behind {number}": memory.valid.clone()}
     return values
-
-
-BOXES = (
-    ((0.0, 0.0, 80.0, 60.0, 0.0), (40.0, 20.0, 50.0, 50.0, 1.0)),
-    ((10.0, 5.0, 40.0, 40.0, 1.0), (20.0, 0.0, 60.0, 30.0, 0.0)),
-    ((0.0, 0.0, 30.0, 30.0, 0.0), (60.0, 60.0, 30.0, 30.0, 0.0)),  # nothing in common
-    ((0.0, 0.0, 40.0, 40.0, 1.0), (10.0, 10.0, 20.0, 20.0, 1.0)),
-    ((0.0, 0.0, 40.0, 40.0, 0.0), (38.0, 38.0, 40.0, 40.0, 0.0)),  # too little
-    ((5.0, 5.0, 50.0, 40.0, 0.0), (5.0, 5.0, 50.0, 40.0, 1.0)),
-    ((30.0, 10.0, 50.0, 60.0, 1.0), (20.0, 40.0, 40.0, 30.0, 0.0)),
-    ((0.0, 50.0, 90.0, 30.0, 0.0), (50.0, 30.0, 40.0, 60.0, 0.0)),
-)
-"""(8, 2, 5): left, top, width, height and whether flipped, of two views of each sample."""
 
 
 def shared(device: torch.device) -> Outputs:

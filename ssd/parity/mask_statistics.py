@@ -35,6 +35,17 @@ def statistics(masks: np.ndarray) -> dict[str, Tensor]:
     return {name: torch.tensor(float(value)) for name, value in found.items()}
 
 
+def span_statistics(masks: np.ndarray) -> dict[str, Tensor]:
+    """(n, T) bool -> shares over sequences: of hidden frames, of those whose next is hidden too, and at the ends."""
+    found = {
+        "hidden": masks.mean(),
+        "in twos": (masks[:, 1:] & masks[:, :-1]).mean(),
+        "first": masks[:, 0].mean(),
+        "last": masks[:, -1].mean(),
+    }
+    return {name: torch.tensor(float(value)) for name, value in found.items()}
+
+
 def drawn(recipe: Masking, side: int) -> np.ndarray:
     """(DRAWS, VIEWS, BATCH, side, side)"""
     return np.stack([recipe.draw(VIEWS, BATCH, (side, side), 0, step) for step in range(DRAWS)]).reshape(

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ssd.parity.codes import LENGTHS, hidden, span_statistics
-from ssd.parity.inputs import distribution, numbers
+from ssd.parity.inputs import SOUND_LENGTHS, distribution, hidden_frames, numbers
+from ssd.parity.mask_statistics import span_statistics
 from tests.parity.restated_layers import over_channels, over_tokens
 from tests.parity.restated_networks import gelu, layer_norm, parameters, part
 from tests.parity.restated_parts import given
@@ -203,12 +203,12 @@ def named_by_codes(momentum, frozen_from, second, clip, by_block):
     books = [Codebook(sums) for sums in given("codes", 2, CODES, WIDTH)]
     front = tuple(name for name in student if name.startswith(FRONT))
     for i in range(STEPS):
-        sounds = numbers(f"sounds {i}", len(LENGTHS), max(LENGTHS)).double() * math.sqrt(3)
+        sounds = numbers(f"sounds {i}", len(SOUND_LENGTHS), max(SOUND_LENGTHS)).double() * math.sqrt(3)
         frames, costs, targets = [], [], [[], []]
         w, body = part(student, FRONT), part(student, BODY)
-        for row, length in enumerate(LENGTHS):
+        for row, length in enumerate(SOUND_LENGTHS):
             frames = frames_from(w, sounds[row, :length])
-            away = torch.tensor(hidden(i)[row, : len(frames)])
+            away = torch.tensor(hidden_frames(i)[row, : len(frames)])
             with torch.no_grad():
                 told = [over_tokens(mlp) for mlp in transformed(teacher, frames)[1][-2:]]
             end, mlps = transformed(body, torch.where(away[:, None], student["mask_token"], frames))

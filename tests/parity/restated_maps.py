@@ -5,8 +5,7 @@ import math
 
 import torch
 
-from ssd.parity.inputs import numbers
-from ssd.parity.maps import BOXES
+from ssd.parity.inputs import BOXES, numbers
 from tests.parity.restated_frozen import behind_norm, ends, still, with_fixed_positions
 from tests.parity.restated_masked import encoder_shapes, rate, table_of
 from tests.parity.restated_networks import WIDTH, layer_norm, parameters, part
