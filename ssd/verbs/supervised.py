@@ -31,7 +31,8 @@ def supervised_views(
     own = build(about["views"])
     if isinstance(own, SoundViews):
         refuse_of_sounds(crop=crop, flip=flip, jitter=jitter)
-        return replace(own, global_count=1, local_count=0)
+        # spectrograms are altered by methods that know of it
+        return replace(own, global_count=1, local_count=0, mix_share=0.0, resize=None)
     least = CROP if crop is None else crop
     colours = (jitter or 0.0, jitter or 0.0, jitter or 0.0, 0.0)
     if isinstance(own, ClipViews):
