@@ -2,9 +2,9 @@
 averaged, of networks that have not learned, and of pixels; with the clusters that both branches share, and without.
 
     python -m tests.benchmarks.clips FOLDER --out runs/clips --seeds 0 1
-    python -m tests.benchmarks.clips shapes --out runs/shapes --flip 0
+    python -m tests.benchmarks.clips shapes --out runs/shapes --flip 0 --fps 12
 
-"shapes" stands for those that `ssd quickstart --video` makes.
+"shapes" stands for those that `ssd quickstart --config quickstart-video` makes, 40 of each motion.
 
 FOLDER has a folder of clips for each class. Clips of one scene (of one size, whose median frames agree) stay together in one of
 two halves. A network learns from one half, without labels; probes learn from that half's labels and are asked about the other,
@@ -54,7 +54,6 @@ VIEWS = {
     "global_count": 1,
     "global_size": 32,
     "global_frames": 8,
-    "global_fps": 4.0,
     "local_count": 0,
     "jitter_prob": 0.0,
     "grey_prob": 0.0,
@@ -63,12 +62,12 @@ VIEWS = {
 }
 
 
-def config(arm: str, steps: int, flip: float) -> dict[str, Any]:
+def config(arm: str, steps: int, flip: float, fps: float) -> dict[str, Any]:
     """`method/discovr_small` with clips of eight frames of 32 px."""
     settings = {
         "backbone": {"class_path": "VideoViT", "init_args": NETWORK},
         "image_backbone": {"class_path": "ViT", "init_args": NETWORK | {"fixed_positions": True}},
-        "views": {"class_path": "ClipViews", "init_args": VIEWS | {"flip": flip}},
+        "views": {"class_path": "ClipViews", "init_args": VIEWS | {"flip": flip, "global_fps": fps}},
         "image_frame_step": 2,
         "scd_weight": ARMS[arm],
         "steps": steps,
@@ -173,7 +172,7 @@ def row(arm: str, seed: int, arguments: argparse.Namespace, folders: list[Path])
         result = run / "probe.json"
         if not result.exists():
             run.mkdir(parents=True, exist_ok=True)
-            (run / "method.yaml").write_text(json.dumps(config(arm, arguments.steps, arguments.flip)))
+            (run / "method.yaml").write_text(json.dumps(config(arm, arguments.steps, arguments.flip, arguments.fps)))
             started = time.process_time()
             ssd(
                 *("fit", "--config", "method/discovr_small", "--config", str(run / "method.yaml")),
@@ -220,6 +219,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--flip", type=float, default=0.5, help="0 where a mirrored clip is of another class")
+    parser.add_argument("--fps", type=float, default=4.0, help="frames a second, of which eight are seen")
     parser.add_argument("--out", default="runs/clips")
     arguments = parser.parse_args()
     arguments.out = os.path.abspath(arguments.out)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -11,7 +12,7 @@ from lightning_modules.dino import DINO
 from lightning_modules.mae import MAE
 from ssd.backbones.video import VideoViT
 from ssd.batch import Batch
-from ssd.data.moving_shapes import FRAMES, MOTIONS, SIDE, moving_shape, write_moving_shapes
+from ssd.data.moving_shapes import FRAMES, MOTIONS, SIDE, moved, moving_shapes, write_moving_shapes
 from ssd.masking.recipes import RandomMasks
 from ssd.normalisers import patchified, standardised
 from ssd.views.clips import ClipViews
@@ -86,16 +87,24 @@ def folder(tmp_path_factory):
 
 
 def test_shapes_move_as_their_class_says_from_anywhere_and_a_frame_does_not_tell():
-    for motion in MOTIONS:
-        clip = moving_shape(motion, 0, MOTIONS.index(motion), 1).astype(float)
+    clips = {motion: moving_shapes(motion, 0, 0, 1) for motion in MOTIONS}
+    for motion, clip in clips.items():
         assert clip.shape == (FRAMES, SIDE, SIDE, 3)
-        assert torch.equal(
-            torch.tensor(clip), torch.tensor(moving_shape(motion, 0, MOTIONS.index(motion), 1).astype(float))
-        )
-        changed = abs(clip[1:] - clip[:-1]).max(-1) > 40
-        assert changed.any((1, 2)).all() and changed.mean() < 0.2
-    right, left = (moving_shape(motion, 0, 0, 1) for motion in ("right", "left"))
-    assert (right[0] == left[0]).all() and (right[-1] != left[-1]).any()
+        assert (clip == moving_shapes(motion, 0, 0, 1)).all() and (clip != moving_shapes(motion, 0, 0, 2)).any()
+        assert (clip[0] == clips["left"][0]).all(), "all begin alike"
+        changed = abs(clip[1:].astype(float) - clip[:-1]).max(-1) > 40
+        assert changed.any((1, 2)).all()
+    for one, other in (("left", "right"), ("up", "down"), ("clockwise", "anticlockwise")):
+        assert (clips[one][-1] != clips[other][-1]).any()
+
+
+def test_each_motion_goes_where_its_name_says():
+    above = np.array([[SIDE / 2 - 8, SIDE / 2]])  # row and column of what lies above the middle
+    for motion, way in {
+        "left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0), "clockwise": (0, 1), "anticlockwise": (0, -1)
+    }.items():  # fmt: skip
+        step = (moved(motion, above, 0.01) - above)[0]
+        assert_close(step / abs(step).max(), np.array(way, float), atol=1e-3, rtol=0)
 
 
 def test_a_run_on_clips_is_evaluated_and_goes_on_as_if_never_stopped(folder, tmp_path):
