@@ -264,7 +264,9 @@ MISTAKES = {
     ),
     "unknown class": (
         "fit --config tiny.yaml --data pets --model.backbone Vit",
-        ["model.backbone: 'Vit' was given, expected one of ConvNet, LogMelEncoder, RotaryViT, SpeechEncoder, ViT"],
+        [
+            "model.backbone: 'Vit' was given, expected one of ConvNet, LogMelEncoder, MelConvNet, RotaryViT, SpeechEncoder, ViT"
+        ],
     ),
     "unknown method": ("fit --config tiny.yaml --data pets --model DONO", ["model: 'DONO' was given", "DINO"]),
     "unknown backbone": (
@@ -361,11 +363,13 @@ CONFIG_MISTAKES = {
     ),
     "unknown class": (
         "model: {class_path: DINO, init_args: {backbone: {class_path: Vit}}}",
-        ["model.backbone: 'Vit' was given, expected one of ConvNet, LogMelEncoder, RotaryViT, SpeechEncoder, ViT"],
+        [
+            "model.backbone: 'Vit' was given, expected one of ConvNet, LogMelEncoder, MelConvNet, RotaryViT, SpeechEncoder, ViT"
+        ],
     ),
     "no class": (
         "model: {class_path: DINO, init_args: {backbone: {name: resnet18}}}",
-        ["model.backbone", "class_path", "ConvNet, LogMelEncoder, RotaryViT, SpeechEncoder, ViT"],
+        ["model.backbone", "class_path", "ConvNet, LogMelEncoder, MelConvNet, RotaryViT, SpeechEncoder, ViT"],
     ),
     "no backbone": ("model: {class_path: DINO, init_args: {backbone: null}}", ["backbone"]),
     "not YAML": ("model: {class_path: DINO\ndata: 3", ["bad.yaml line 2", "not YAML"]),

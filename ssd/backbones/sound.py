@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ssd.backbones.base import Backbone
-from ssd.batch import Padded
+from ssd.batch import Padded, Tokens
 from ssd.errors import UserError
 from ssd.frames import Frames
 from ssd.spectrogram import Levels
@@ -30,6 +30,10 @@ class SoundNetwork(Backbone, ABC):
     def __init__(self, name: str, rate_hz: int):
         super().__init__(name, in_chans=1, drop_path_rate=0.0)
         self.rate_hz = rate_hz
+
+    @abstractmethod
+    def forward(self, x: Any, *args: Any, **asked: Any) -> Tokens:
+        """As `Backbone.forward`, of sounds (B, S) or `Padded`."""
 
     @property
     def patch_size(self) -> int:

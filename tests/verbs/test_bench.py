@@ -217,13 +217,13 @@ def test_layers_in_a_loop_are_the_heads_of_one_product():
         assert_close(heads.weight[number].T, layer.weight.detach(), atol=1e-4, rtol=1e-4)
 
 
-SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
+FEW_NUMBERS = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("dbot", 17 * 24), ("dmae", 5 * 24), ("leap", 17 * 24)])
 def test_stored_targets_are_timed_beside_the_teacher_and_weighed(name, numbers):
     """A class token and 16 patches, or 4 of them, of 24 numbers in half precision."""
-    case = masked.Case(arguments=SMALL, size=32, batch=2)
+    case = masked.Case(arguments=FEW_NUMBERS, size=32, batch=2)
     found = cached.compare_step(name, case, "vit_tiny_patch16_224", Form("float16"), rounds=1)
     assert found.bytes_per_look == 2 * numbers
     assert 1e-5 < found.error < 1 / 2048, "rounding, and no more"
