@@ -2,7 +2,6 @@
 
 import copy
 import multiprocessing
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -16,6 +15,7 @@ from torch.utils.data import Sampler
 from ssd.batch import Batch
 from ssd.cached_targets.folder import TargetFolder
 from ssd.cached_targets.use import WithTargets
+from ssd.cores import available_cores
 from ssd.data.broken import BrokenSamples
 from ssd.data.dataset import SampleLoader, start_worker
 from ssd.data.groups import split
@@ -445,7 +445,7 @@ class SampleData(Recorded, pl.LightningDataModule, ABC):
         if self.num_workers is not None:
             return self.num_workers
         processes = 1 if self.trainer is None else max(1, self.trainer.num_devices)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = available_cores()
         cores //= processes
         return min(16, max(1, cores - 1)) if self._device_type() != "cpu" else min(4, cores // 4)
 

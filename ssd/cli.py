@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ssd.cli_checks import check_trainer, check_view_sizes, set_channels
+from ssd.cli_checks import check_trainer, check_view_sizes, set_channels, warn_if_busy
 from ssd.configs_path import config_names
 from ssd.data.shards import is_remote
 from ssd.errors import UserError
@@ -380,6 +380,7 @@ def command_class():
 
         def fit(self, **settings: Any) -> None:
             self.load()
+            warn_if_busy(self.trainer)
             try:
                 self.trainer.fit(ckpt_path=self.settings.ckpt_path, weights_only=True, **settings)
             except SystemExit as end:  # how Lightning passes on that it was interrupted

@@ -1,8 +1,14 @@
 """What the command refuses before a run begins, and what it fills in: settings that each are fine and together are not."""
 
+import os
+import warnings
 from typing import Any
 
+from ssd.cores import busy_cores
 from ssd.errors import UserError
+
+BUSY = 0.75
+"""Share of the cores from which a run of several threads is warned."""
 
 
 def check_trainer(trainer: Any) -> None:
@@ -14,6 +20,25 @@ def check_trainer(trainer: Any) -> None:
         )
     if trainer.barebones:
         raise UserError("trainer.barebones: true would run without logs and evaluation. Use ssd without it.")
+
+
+def warn_if_busy(trainer: Any) -> None:
+    """Warns where other work has most of this machine's cores and torch would use several: threads that wait for each other,
+    while each waits for a core, are much slower than one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if (
+        trainer.strategy.root_device.type != "cpu" or threads < 2 or trainer.world_size > 1
+    ):  # its own processes are others too
+        return
+    busy = busy_cores()
+    if busy > BUSY * (os.cpu_count() or 1):
+        warnings.warn(
+            f"other work has {busy:.1f} of this machine's {os.cpu_count()} cores, and {threads} threads of a run wait for each "
+            "other. If steps are slow, stop the other work, or set OMP_NUM_THREADS=1.",
+            stacklevel=2,
+        )
 
 
 TAKEN = {1: "sounds", 2: "pictures", 3: "clips"}

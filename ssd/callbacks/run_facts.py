@@ -1,6 +1,5 @@
 """What a run is, was given and ran on, and for how long: `run.json` in its folder."""
 
-import os
 import platform
 import subprocess
 import time
@@ -15,6 +14,7 @@ import torch
 
 import ssd
 from ssd.callbacks.online import OnlineEvaluation
+from ssd.cores import available_cores
 from ssd.facts import read_facts, write_facts
 from ssd.resume import code_version
 from ssd.summary import number_rows
@@ -121,7 +121,7 @@ def environment(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def processor() -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     return f"CPU with {cores} cores"
 
 

@@ -3,12 +3,12 @@
 import argparse
 import logging
 import multiprocessing
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ssd.cores import available_cores
 from ssd.data.broken import BrokenSamples
 from ssd.data.cache import Pictures
 from ssd.data.checks import findings as say
@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
     data, views = typed_data(chosen, "check-data")
     check_pictures(data, "check-data")
     data.check_views(views)
-    workers = cores() if arguments.workers is None else arguments.workers
+    workers = available_cores() if arguments.workers is None else arguments.workers
 
     parts, findings = parts_of(data, arguments.against)
     if arguments.out is not None:
@@ -119,10 +119,6 @@ def seconds(text: str) -> float:
     return value
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # ---------------------------------------------------------------------- looking
 
 
@@ -191,7 +187,7 @@ def try_loading(data: Any, views: Views, training: Examined, wanted_s: float) ->
         if not wanted_s:
             next(iter(loader_of(0)))
             return [], []
-        return measure(loader_of, worker_counts(cores()), wanted_s), []
+        return measure(loader_of, worker_counts(available_cores()), wanted_s), []
     except UserError as error:
         return [], [Finding(STOP, "run", str(error))]
     finally:

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from ssd.cores import available_cores
 from ssd.errors import UserError
 from ssd.evaluation.answers import Answers, Cell, compared, over_initialisations, probe_answers
 from ssd.evaluation.features import Features, extract, name_without_a_network, without_a_network
@@ -17,7 +18,7 @@ from ssd.evaluation.protocol import chance_level
 from ssd.record import describe
 from ssd.summary import check_json, console, print_facts, write_json
 from ssd.verbs.arguments import Parser, at_least_one, split_data
-from ssd.verbs.check_data import cores, count
+from ssd.verbs.check_data import count
 from ssd.verbs.duplicates import Duplicates, find_duplicates
 from ssd.verbs.export import data_named
 from ssd.verbs.extraction import add_extraction, check_device
@@ -122,7 +123,7 @@ def options() -> Parser:
     parser.add_argument(
         "--workers",
         type=count,
-        default=max(0, cores() - 1),
+        default=max(0, available_cores() - 1),
         help="processes that look for them; default: cores less one",
     )
     add_extraction(parser)

@@ -222,7 +222,7 @@ def test_broken_held_out_pictures_are_left_out_and_not_replaced(folder, tmp_path
 
 
 def test_the_loader_is_timed_with_each_number_of_workers(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("ssd.verbs.check_data.cores", lambda: 1)
+    monkeypatch.setattr("ssd.verbs.check_data.available_cores", lambda: 1)
     file = tmp_path / "found.json"
     said = typed("check-data", folder, *SMALL, "--workers", 1, "--seconds", 0.2, "--json", file)
     content = json.loads(file.read_text())
