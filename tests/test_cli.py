@@ -105,6 +105,13 @@ def test_every_verb_explains_itself(verb, capsys):
     assert said.err == "" and said.out.startswith(f"usage: ssd {verb}") and "--json" in said.out
 
 
+def test_null_is_nothing_however_deep_the_setting_lies(settings):
+    """And not a file or a name that is spelled None."""
+    typed = "--model.backbone.weights pets/w.pt --model.backbone.weights null --model.clip=null"
+    model = settings(f"fit --config tiny.yaml --data pets {typed}")["model"]["init_args"]
+    assert model["clip"] is None and model["backbone"]["init_args"]["weights"] is None
+
+
 def test_a_folder_is_data_of_pictures_with_their_own_defaults(settings):
     """Not with those of digits, which are grey and small."""
     data = settings("fit --config tiny.yaml --data pets")["data"]

@@ -6,6 +6,7 @@ import inspect
 import os
 import pkgutil
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,9 +49,19 @@ def import_choices() -> None:
 
     # settings that are dataclasses and have kinds: a config names the kind by its class
     set_parsing_settings(subclasses_enabled=[Masking, OptimizerRule, Sampling, Schedule, Views])
+    read_null_at_any_depth()
     for package in (lightning_modules, datamodules, ssd.backbones, ssd.masking):
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+@cache
+def read_null_at_any_depth() -> None:
+    """Lets `--model.backbone.weights null` mean none: jsonargparse reads null, and hands it on to inner classes spelled None."""
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+    set_loader("yaml", lambda text: None if text.strip() == "None" else load(text), (yaml.YAMLError,))
 
 
 def subclasses(cls: type) -> list[type]:
