@@ -92,7 +92,7 @@ class DINOv3(SelfDistillation):
         gram_refresh_from: Length = 0.0,
         gram_refresh_every: Length | None = None,
         gram_refreshes: int = 3,
-        lr: float | Schedule = Cosine(4e-3, 1e-6, warmup=0.1),  # noqa: B008
+        lr: float | Schedule = Cosine(4e-3, 4e-6, scaled_end=True, warmup=0.1),  # noqa: B008
         lr_rule: str = "sqrt",
         lr_reference_batch: int = 1024,
         decay_rule: str = "bias_norm_and_scale",

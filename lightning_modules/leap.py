@@ -119,7 +119,7 @@ class LEAP(SelfDistillation):
         cka_every: int = 1,
         cka_patches: int | None = 16,
         unbiased_cka: bool = True,
-        lr: float | Schedule = Cosine(9.0, 9e-3, warmup=0.1),  # noqa: B008
+        lr: float | Schedule = Cosine(9.0, 9e-3, scaled_end=True, warmup=0.1),  # noqa: B008
         lr_rule: str = "sqrt",
         lr_reference_batch: int = 1536,
         optimizer: OptimizerRule = LARS(),  # noqa: B008

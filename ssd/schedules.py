@@ -41,6 +41,8 @@ class Schedule:
         start: value at the beginning (for `Cosine` with a warm-up: the peak).
         end: value that is approached or reached.
         every: "step" moves always; "epoch" gives the staircase of recipes written per epoch.
+        scaled_end: where a rate follows the batch, `end` follows too and stays the share of `start` that it is; false
+            leaves it as it is written, as the released code of DINO, iBOT and DINOv2 does.
         after: for how long the schedule stands at its beginning; the rest of the run is then all that it knows of,
             and what its shares are shares of.
     """
@@ -49,6 +51,7 @@ class Schedule:
     end: float
     every: str = "step"
     after: Length = 0.0
+    scaled_end: bool = False
 
     def value(self, step: int, total: int, steps_per_epoch: int) -> float:
         """The value in force during optimiser step `step` (from 0) of `total`."""
@@ -65,8 +68,8 @@ class Schedule:
         raise TypeError(f"{type(self).__name__} must say its value at a tick")
 
     def scaled(self, factor: float) -> "Schedule":
-        """The same shape with the start (the peak) multiplied; the end is a floor and stays."""
-        return replace(self, start=self.start * factor)
+        """The same shape with the start (the peak) multiplied; the end is a floor and stays, unless it is `scaled_end`."""
+        return replace(self, start=self.start * factor, end=self.end * factor if self.scaled_end else self.end)
 
     def __post_init__(self):
         if self.every not in ("step", "epoch"):

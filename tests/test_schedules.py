@@ -44,6 +44,14 @@ def test_scaling_moves_the_peak_and_not_the_floor():
     assert scaled.start == 2e-3 and scaled.end == 1e-6
 
 
+@pytest.mark.parametrize("schedule", [Cosine, Linear, TriStage])
+def test_an_end_may_follow_the_peak_and_is_then_the_same_share_of_it(schedule):
+    plain = schedule(9.0, 9e-3, scaled_end=True)
+    twice = plain.scaled(2)
+    assert (twice.start, twice.end) == (18.0, 0.018)
+    assert values(twice, 20) == pytest.approx([2 * value for value in values(plain, 20)])
+
+
 def test_half_a_cosine_is_symmetric():
     found = values(Cosine(1.0, 0.0), 1000)
     for i in range(1, 500):

@@ -1,3 +1,6 @@
+import inspect
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -266,6 +269,14 @@ def test_without_a_class_token_on_one_side_patches_alone_are_matched():
     targets = module.targets(batch)
     assert targets.tokens.shape == (1, 4, 1, 16, 32)
     assert module.losses(batch, targets).keys() == {"patches"}
+
+
+def test_the_rate_ends_at_a_thousandth_of_its_peak_in_a_batch_of_any_size():
+    rate = inspect.signature(LEAP).parameters["lr"].default
+    for batch in (256, 1536, 6144):
+        resolved = resolve_lr(rate, "sqrt", 1536, batch)
+        assert resolved.start == pytest.approx(9.0 * math.sqrt(batch / 1536))
+        assert resolved.end == pytest.approx(1e-3 * resolved.start)
 
 
 def test_published_rate_of_a_batch_of_256():
