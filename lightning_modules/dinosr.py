@@ -25,7 +25,7 @@ from ssd.masking.recipes import Masking, SpanMasks
 from ssd.normalisers import instance_normed
 from ssd.optim import AdamW, Clip, OptimizerRule
 from ssd.schedules import Length, Linear, Schedule, TriStage, in_steps
-from ssd.step_report import StepReport
+from ssd.step_report import StepReport, Terms
 from ssd.teachers import EMA
 from ssd.views.sound import SoundViews
 from ssd.views.view import Views
@@ -178,7 +178,8 @@ class DinoSR(SelfDistillation):
         logits = self.student(batch.seen("global"), masks.boolean[0], places)  # (R, K, V)
         error = F.cross_entropy(logits.float().flatten(0, 1), targets.codes.flatten(), reduction="none")
         error = error.unflatten(0, logits.shape[:2]).mean(1)  # (R,)
-        return {"codes": torch.where(real, error, 0).sum() / targets.masked.clamp_min(1)}
+        terms = {"codes": torch.where(real, error, 0).sum() / targets.masked.clamp_min(1)}
+        return Terms(terms, predicted=mass_of_codes(logits, real))
 
     def update(self, targets: Targets) -> None:
         self.codebooks.update(targets.sums, targets.counts, getattr(targets, "fresh", None))
@@ -187,8 +188,13 @@ class DinoSR(SelfDistillation):
             self.teacher.update(self.student.backbone.model.transformer, self.value_of(self.momentum, self.step + 1))
 
     def measures(self, targets: Targets) -> dict[str, Tensor]:
-        used = (targets.counts > 0).float().mean(1)
-        found = {"perplexity": perplexity(targets.counts), "used": used}  # (K,) each
+        return self._by_block(perplexity=perplexity(targets.counts), used=(targets.counts > 0).float().mean(1))
+
+    def of_answers(self, answers: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._by_block(predicted_perplexity=perplexity(answers["predicted"]))
+
+    def _by_block(self, **found: Tensor) -> dict[str, Tensor]:
+        """Numbers of each codebook (K,) by its block, and their means."""
         return {
             f"{tap.removesuffix('.mlp')}_{name}": value
             for name, values in found.items()
@@ -197,6 +203,12 @@ class DinoSR(SelfDistillation):
 
     def diagnostics(self, report: StepReport) -> dict[str, float]:
         return {f"train/codebooks/{name}": value for name, value in report.measures.items()}
+
+
+@torch.no_grad()
+def mass_of_codes(logits: Tensor, real: Tensor) -> Tensor:
+    """What is predicted of each code, summed over the frames that are `real` (R,): logits (R, K, V) -> (K, V)."""
+    return torch.where(real[:, None, None], logits.detach().float().softmax(-1), 0).sum(0)
 
 
 def over_time(backbone: Backbone, views: Views) -> Sounds:

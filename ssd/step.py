@@ -243,6 +243,10 @@ class Step(Recorded, nn.Module):
         which the report gives as their mean over ranks."""
         return {}
 
+    def of_answers(self, answers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars for the report of a logged step, of what `Terms` measured of the student: means over slices and ranks."""
+        return answers
+
     def optimized(self) -> list[Optimized]:
         """One entry an optimiser: the student by the engine's settings, unless a method says otherwise."""
         rates = (self.decay_rule, self.layer_decay, self.patch_embed_lr_scale)
@@ -460,6 +464,8 @@ class Step(Recorded, nn.Module):
         """Sums the terms over ranks and finds out whether all is finite on all of them. The step's one wait."""
         with torch.no_grad():
             evidence = self.evidence(targets)
+        if measure and answers:
+            answers = self.of_answers({name: sum_over_ranks(sums) / world_size() for name, sums in answers.items()})
         measured = self.measures(targets) | answers if measure else {}
         used = measured_use(targets, centers_of(self)) if measure else {}
         of_measures = [value.detach().float()[None] for value in measured.values()]

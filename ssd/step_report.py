@@ -40,7 +40,8 @@ class Terms(dict[str, Tensor]):
     """Loss terms of a slice, and beside them what is worth knowing of the student's answers.
 
     Args:
-        measures: scalars on the device, which the report of a logged step gives as their mean over slices and ranks.
+        measures: tensors on the device, whose means over slices and ranks the report of a logged step gives: scalars as they
+            are, others by what the method's `of_answers` makes of them.
     """
 
     def __init__(self, terms: Mapping[str, Tensor], **measures: Tensor):

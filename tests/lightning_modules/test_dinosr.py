@@ -120,6 +120,31 @@ def test_uniform_heads_pay_the_log_of_the_number_of_codes():
     assert targets_and_loss(module, batch)[1].item() == pytest.approx(5.545177, abs=1e-5)
 
 
+def measures_of(rank, world, slices=1):
+    module, batch = tiny(micro_batches=slices), masked(tiny(micro_batches=world * slices), sounds(LENGTHS))
+    batch = batch.part(rank, world)
+    return module.diagnostics(module.take_step(batch, start(module), measure=True))
+
+
+def test_how_many_codes_are_predicted_is_of_all_hidden_frames_of_a_step(pair):
+    """exp of the entropy of their mean prediction, with as many slices and processes as there are; padding does not count."""
+    found = measures_of(0, 1)
+    module = tiny()
+    batch = masked(module, sounds(LENGTHS))
+    masks = batch.masks["global"]
+    places, real = masks.places()
+    with torch.no_grad():
+        shares = module.student(batch.seen("global"), masks.boolean[0], places)[real].softmax(-1).mean(0)
+    each = (-(shares * shares.log()).sum(-1)).exp()
+    for block, value in zip(("block2", "block3"), each.tolist(), strict=True):
+        assert found[f"train/codebooks/{block}_predicted_perplexity"] == pytest.approx(value, rel=1e-5)
+    assert found["train/codebooks/predicted_perplexity"] == pytest.approx(float(each.mean()), rel=1e-5)
+    assert 1 < found["train/codebooks/predicted_perplexity"] < 8
+    assert measures_of(0, 1, slices=4) == pytest.approx(found, rel=1e-5)
+    for measured in pair.run(measures_of):
+        assert measured == pytest.approx(found, rel=1e-5)
+
+
 @pytest.mark.parametrize("heads", ["last", "blocks"])
 def test_an_utterance_costs_the_same_alone_and_padded_in_a_batch(heads):
     module = tiny(heads=heads)
