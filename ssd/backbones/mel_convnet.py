@@ -130,7 +130,7 @@ class MelConvNet(SoundNetwork, Spectral):
             grid=(moments,),
             summary=maximum_and_mean(patches, valid),
             valid=valid,
-            taps={tap: over_moments(found[tap], moments) for tap in wanted},
+            taps={tap: over_moments(found[tap], moments, 2 ** (BLOCKS - int(tap[5:]))) for tap in wanted},
         )
 
 
@@ -146,9 +146,9 @@ class ConvBlock(nn.Module):
         return F.max_pool2d(self.norm(self.conv(maps)).relu(), 2)
 
 
-def over_moments(tap: Tensor, moments: int) -> Tensor:
-    """(B, T, D) -> (B, moments, D): the mean over as many neighbours in time as fall on each; what is left over is left out."""
-    each = tap.shape[1] // moments
+def over_moments(tap: Tensor, moments: int, each: int) -> Tensor:
+    """(B, T, D) -> (B, moments, D): the mean over `each` neighbours in time, of padded sounds as of one alone; what is left over
+    is left out."""
     return tap[:, : moments * each].unflatten(1, (moments, each)).mean(2)
 
 
