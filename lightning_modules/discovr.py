@@ -208,6 +208,7 @@ class DISCOVR(SelfDistillation):
             depth=decoder_depth,
             num_heads=decoder_heads,
             has_cls=False,
+            embed_bias=False,  # as published
         )
         self.teacher = EMA(branches)
         self.student = Students(branches, decoder, num_clusters)

@@ -42,9 +42,12 @@ class PixelBranch(nn.Module):
         self.head = head
 
     def forward(self, views: Tensor) -> Tensor:
-        maps = map_of(self.backbone(views.flatten(0, 1)))
-        maps = maps if self.attention is None else self.attention(maps)
-        return self.head(maps).unflatten(0, views.shape[:2])
+        # one by one: batch normalisation sees the pictures of a view together, and no other view of them
+        return torch.stack([self.of_view(view) for view in views])
+
+    def of_view(self, pictures: Tensor) -> Tensor:
+        maps = map_of(self.backbone(pictures))
+        return self.head(maps if self.attention is None else self.attention(maps))
 
 
 class PCD(SelfDistillation):
@@ -60,7 +63,7 @@ class PCD(SelfDistillation):
             view shows the same part of the picture, over what both show. "index": the place of the same number in another
             view, whatever it shows, as published.
         temperature: what similarities are divided by.
-        queue_size: K, pooled teacher features of earlier pictures, the negatives.
+        queue_size: K, pooled teacher features of the first view of earlier pictures, the negatives.
         attention_heads: of the block of self-attention behind the student's map, which is no part of what is exported;
             0 leaves it out.
         head_hidden_dim: wide layers of the student's head.

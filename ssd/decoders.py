@@ -51,6 +51,7 @@ class MaskedDecoder(nn.Module):
         dim, depth, num_heads: of the blocks.
         drop_path_rate: share of samples whose residual branch is skipped in the last block, less in earlier ones.
         has_cls: whether a class token comes along, and is answered for.
+        embed_bias: whether the first layer, from the encoder's width to `dim`, has a bias.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class MaskedDecoder(nn.Module):
         num_heads: int = 16,
         drop_path_rate: float = 0.0,
         has_cls: bool = True,
+        embed_bias: bool = True,
     ):
         super().__init__()
         if depth < 1 or dim < 1 or dim % num_heads:
@@ -71,7 +73,7 @@ class MaskedDecoder(nn.Module):
                 "more, and heads that divide the width."
             )
         self.has_cls = has_cls
-        self.embed = nn.Linear(in_dim, dim)
+        self.embed = nn.Linear(in_dim, dim, bias=embed_bias)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
         rates = [drop_path_rate * number / max(depth - 1, 1) for number in range(depth)]
 
@@ -84,7 +86,8 @@ class MaskedDecoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, patches: Tensor, visible: Tensor, grid: tuple[int, ...], cls: Tensor | None = None) -> Tensor:
         """Predictions for all places, (B, N, out_dim), or (B, 1 + N, out_dim) with that of the class token first.

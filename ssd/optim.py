@@ -169,7 +169,8 @@ LR_RULES = {"linear": lambda share: share, "sqrt": lambda share: share**0.5, "no
 def resolve_lr(lr: float | Schedule, rule: str, reference_batch: int, batch: int) -> float | Schedule:
     """The learning rate for a global batch: the peak times batch / reference (linear) or its root (sqrt).
 
-    The floor of a schedule is not scaled (Caron et al. 2021, released code) unless it is `scaled_end`. Raises UserError for an unknown rule.
+    The floor of a schedule is not scaled (Caron et al. 2021, released code) unless it is `scaled_end`. Raises UserError for an
+    unknown rule.
     """
     if rule not in LR_RULES:
         raise UserError(f"lr_rule: '{rule}' is unknown. Choose one of {', '.join(LR_RULES)}.")

@@ -106,6 +106,22 @@ def test_the_loss_is_the_equation_for_every_place_of_either_view(pairing):
     assert_close(found, torch.stack(expected).mean(), atol=1e-4, rtol=1e-4)
 
 
+def test_batch_normalisation_sees_one_view_at_a_time():
+    module = tiny(head_batch_norm=True)
+    views = random_batch(4, 0).views["global"]
+    both = module.student(views)
+    for view in (0, 1):
+        assert_close(both[view : view + 1], module.student(views[view : view + 1]))
+
+
+def test_first_views_alone_enter_the_queue():
+    module = tiny()
+    batch = random_batch(4, 0)
+    targets = module.targets(batch)
+    module.update(targets)
+    assert int(module.queue.filled) == 4 and torch.equal(module.queue.vectors[:4], targets.keys[0])
+
+
 def test_places_that_boxes_pair_show_the_same_part_and_views_apart_do_not_count():
     module = tiny(pairing="boxes").eval()
     with torch.no_grad():

@@ -66,7 +66,7 @@ def teacher_shapes():
 
 
 def student_shapes():
-    return teacher_shapes() | decoder_shapes(WIDE, 16, NARROW) | {"clusters.weight": (CLUSTERS, NARROW)}
+    return teacher_shapes() | decoder_shapes(WIDE, 16, NARROW, bias=False) | {"clusters.weight": (CLUSTERS, NARROW)}
 
 
 def through_blocks(w, x):

@@ -242,10 +242,12 @@ def drawn_together(pairing, count, projector=False, attention=True, norm=True):
                 rows = projected(part(teacher, "head."), maps.flatten(2).transpose(1, 2), (32, 20, 6), all_or_nothing)
                 maps = rows.transpose(1, 2).unflatten(2, (8, 8))
             told.append(maps)
-        # one call of the student, so that batch normalisation sees all views
-        maps = map_of(part(student, "backbone.model."), torch.cat(list(seen)))
-        maps = attended(part(student, "attention."), maps) if attention else maps
-        said = pixel_head(part(student, "head."), maps, norm).unflatten(0, (count, SAMPLES))
+        said = []
+        for x in seen:  # by itself, so that batch normalisation sees one view
+            maps = map_of(part(student, "backbone.model."), x)
+            maps = attended(part(student, "attention."), maps) if attention else maps
+            said.append(pixel_head(part(student, "head."), maps, norm))
+        said = torch.stack(said)
         negatives, losses = kept[: min(place, 20)], []
         for v in range(count):
             for b in range(SAMPLES):

@@ -91,8 +91,10 @@ def positions():
     return {name: table_of(grid, dim) for name, (grid, dim) in grids.items()}
 
 
-def decoder_shapes(inwards, width, outwards, depth=1, prefix="decoder."):
-    shapes = {"mask_token": (1, 1, width), "embed.weight": (width, inwards), "embed.bias": (width,)}
+def decoder_shapes(inwards, width, outwards, depth=1, prefix="decoder.", bias=True):
+    """`bias` is that of the layer in front."""
+    shapes = {"mask_token": (1, 1, width), "embed.weight": (width, inwards)}
+    shapes |= {"embed.bias": (width,)} if bias else {}
     for number in range(depth):
         shapes |= {f"blocks.{number}.{name}": shape for name, shape in block_shapes(width).items()}
     shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
@@ -102,13 +104,13 @@ def decoder_shapes(inwards, width, outwards, depth=1, prefix="decoder."):
 
 def decoded(w, patches, shown, grid, cls=None):
     """Predictions for all places, and of the class token before them where there is one."""
-    width, rows = len(w["embed.bias"]), []
-    fixed = table_of(grid, width)
+    width, rows = len(w["embed.weight"]), []
+    fixed, bias = table_of(grid, width), w.get("embed.bias", 0.0)
     for b, seen in enumerate(shown):
-        row = [] if cls is None else [w["embed.weight"] @ cls[b] + w["embed.bias"]]
+        row = [] if cls is None else [w["embed.weight"] @ cls[b] + bias]
         for n in range(len(fixed)):
             here = seen.index(n) if n in seen else None
-            token = w["mask_token"][0, 0] if here is None else w["embed.weight"] @ patches[b, here] + w["embed.bias"]
+            token = w["mask_token"][0, 0] if here is None else w["embed.weight"] @ patches[b, here] + bias
             row.append(token + fixed[n])
         rows.append(torch.stack(row))
     x, number = torch.stack(rows), 0
