@@ -13,6 +13,7 @@ from ssd.parity import (
     masked_trajectories,
     parts,
     trajectories,
+    unfused,
 )
 from ssd.parity.compare import Case
 
@@ -119,4 +120,10 @@ CASES = (
     Case("balanced assignments (DISCOVR)", ROUNDING, clips.assignments),
     Case("DISCOVR, 20 steps", TWENTY_STEPS, clips.discovr),
     Case("DISCOVR with released assignments, 20 steps", TWENTY_STEPS, clips.discovr_released),
+    Case("losses of labels and blocks (UnFuSeD)", ROUNDING, unfused.losses),
+    Case("heads of blocks (UnFuSeD)", ROUNDING, unfused.heads),
+    Case("clusters of features (UnFuSeD)", ROUNDING, unfused.clusters),
+    Case("spectrograms, mixed and cropped", ROUNDING, unfused.spectra),
+    Case("UnFuSeD, 20 steps", TWENTY_STEPS, unfused.unfused),
+    Case("UnFuSeD with a classifier that follows, 20 steps", TWENTY_STEPS, unfused.unfused_published),
 )

@@ -125,6 +125,21 @@ def hidden_frames(step: int) -> np.ndarray:
     return table
 
 
+LABELS = (3, 0, 4, 0, -1, 2, 3, 1)
+"""Of the samples of a step; one of them could not be read."""
+
+
+def shares(samples: int, step: int = 0) -> Tensor:
+    """(samples, 5) in [0, 1): what is drawn of a view's spectrogram, before its ranges."""
+    return (numbers(f"draws of spectra {step}", samples, 5) + 1) / 2
+
+
+def blobs(name: str, samples: int) -> Tensor:
+    """(samples, 6) around three places in turn."""
+    places = 5 * numbers("places of blobs", 3, 6)
+    return places.repeat(samples // 3, 1) + 0.3 * numbers(name, samples, 6)
+
+
 def digest(values: Tensor) -> list[float]:
     """A tensor in few numbers: all of a short one, else sums with weights of 0.5 to 1 and either sign, divided by the root
     of the count, so that no element can be wrong unseen."""

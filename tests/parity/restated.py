@@ -12,6 +12,7 @@ from tests.parity import (
     restated_masks,
     restated_parts,
     restated_trajectories,
+    restated_unfused,
 )
 
 RESTATED = {
@@ -106,4 +107,10 @@ RESTATED = {
     "balanced assignments (DISCOVR)": restated_clips.assignments,
     "DISCOVR, 20 steps": restated_clips.discovr,
     "DISCOVR with released assignments, 20 steps": restated_clips.discovr_released,
+    "losses of labels and blocks (UnFuSeD)": restated_unfused.losses,
+    "heads of blocks (UnFuSeD)": restated_unfused.heads,
+    "clusters of features (UnFuSeD)": restated_unfused.clusters,
+    "spectrograms, mixed and cropped": restated_unfused.spectra,
+    "UnFuSeD, 20 steps": restated_unfused.unfused,
+    "UnFuSeD with a classifier that follows, 20 steps": restated_unfused.unfused_published,
 }

@@ -12,12 +12,15 @@ import lightning_modules.dmjd
 import lightning_modules.hybrid
 import lightning_modules.leap
 import lightning_modules.pcd
+import lightning_modules.unfused
 import ssd.backbones.rotary_vit
 import ssd.backbones.vit
 import ssd.hog
 import ssd.parity.frozen_teachers
+import ssd.parity.unfused
 import ssd.spatial
 import ssd.views.overlap
+import ssd.views.spectra
 from ssd.backbones.transformer import Block
 from ssd.codebooks import Codebooks
 from ssd.curriculum import Curriculum
@@ -25,6 +28,7 @@ from ssd.losses.regression import absolute_error
 from ssd.masking.recipes import DisjointMasks, InverseSquareMasks, RandomMasks
 from ssd.parity.cases import CASES
 from ssd.queue import Queue
+from ssd.spectrogram import Levels
 from ssd.step import Step
 from ssd.targets import Sinkhorn
 from ssd.teachers import EMA
@@ -384,3 +388,64 @@ CLIP_FAULTS = [
 def test_a_fault_in_clips_and_frames(fault, named, monkeypatch):
     fault(monkeypatch)
     assert seen("clips", named) == named
+
+
+# ---------------------------------------------------------------- labels from clusters
+
+UNFUSED, FOLLOWS = "UnFuSeD, 20 steps", "UnFuSeD with a classifier that follows, 20 steps"
+LABEL_LOSSES = "losses of labels and blocks (UnFuSeD)"
+SPECTRA = "spectrograms, mixed and cropped"
+
+
+def classifier_follows(monkeypatch):
+    """What the released code does: the classifier is drawn towards its blocks."""
+    init = lightning_modules.unfused.UnFuSeD.__init__
+    attached = lambda self, *networks, **settings: init(self, *networks, **{**settings, "detach_teacher": False})
+    monkeypatch.setattr(lightning_modules.unfused.UnFuSeD, "__init__", attached)
+
+
+def half_the_distance(monkeypatch):
+    distance = lightning_modules.unfused.cosine_distance
+    monkeypatch.setattr(lightning_modules.unfused, "cosine_distance", lambda a, b: distance(a, b) / 2)
+
+
+def variance_by_n(monkeypatch):
+    whitening = ssd.parity.unfused.whitening
+
+    def biased(features, dim):
+        mean, components = whitening(features, dim)
+        return mean, components * (len(features) / (len(features) - 1)) ** 0.5
+
+    monkeypatch.setattr(ssd.parity.unfused, "whitening", biased)
+
+
+def mixed_with_the_sound_behind(monkeypatch):
+    mixed = ssd.views.spectra.mixed_levels
+
+    def behind(levels, shares, group):
+        counts = None if levels.counts is None else levels.counts.flip(0)
+        found = mixed(Levels(levels.values.flip(0), counts, levels.per_neper), shares.flip(0), group)
+        return Levels(found.values.flip(0), levels.counts, levels.per_neper)
+
+    for place in (ssd.views.spectra, ssd.parity.unfused):
+        monkeypatch.setattr(place, "mixed_levels", behind)
+
+
+def nothing_around(monkeypatch):
+    """Crops of the sound alone, none of which reaches beyond it."""
+    monkeypatch.setattr(ssd.views.spectra, "CANVAS", 1.0)
+
+
+LABEL_FAULTS = [
+    (classifier_follows, {LABEL_LOSSES, UNFUSED}),
+    (half_the_distance, {LABEL_LOSSES, UNFUSED, FOLLOWS}),
+    (variance_by_n, {"clusters of features (UnFuSeD)"}),
+    (mixed_with_the_sound_behind, {SPECTRA, UNFUSED, FOLLOWS}),
+    (nothing_around, {SPECTRA, UNFUSED, FOLLOWS}),
+]
+
+
+@pytest.mark.parametrize("fault, named", LABEL_FAULTS, ids=[fault.__name__ for fault, _ in LABEL_FAULTS])
+def test_a_fault_in_labels_and_spectra(fault, named, monkeypatch):
+    fault(monkeypatch)
+    assert seen("unfused", named) == named

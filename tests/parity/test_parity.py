@@ -63,6 +63,7 @@ VARIANTS = {
     "CAPI balanced over all places, 20 steps",
     "SpidR, 20 steps",
     "DISCOVR with released assignments, 20 steps",
+    "UnFuSeD with a classifier that follows, 20 steps",
 }
 """Other settings of methods that are restated beside them, which takes seconds for each."""
 
@@ -197,7 +198,7 @@ def matched_one_block_later(monkeypatch):
     monkeypatch.setattr(lightning_modules.dmae, "three_quarters", lambda network: network.num_blocks)
 
 
-LATER = {"layer_targets", "frozen_teachers", "disjoint", "maps", "capi", "codes", "clips"}
+LATER = {"layer_targets", "frozen_teachers", "disjoint", "maps", "capi", "codes", "clips", "unfused"}
 """Modules of cases whose faults are in `test_faults`."""
 OTHERS = [case.name for case in CASES if case.compute.__module__.removeprefix("ssd.parity.") not in LATER]
 METHODS = [name for name in OTHERS if name.endswith("20 steps")]
