@@ -325,7 +325,7 @@ def groups_of_dinov2():
 
 
 def rates_of_batches():
-    """DINO: 5e-4 batch / 256; DINOv2: 4e-3 sqrt(batch / 1024), with peaks .0056569 and 4e-4 (cards); floors stay."""
+    """DINO: 5e-4 batch / 256; DINOv2: 4e-3 sqrt(batch / 1024), with peaks .0056569 and 4e-4; floors stay."""
     rates = [[2e-3] * 2, [4e-3 * math.sqrt(2)] * 2, [4e-4] * 2, [1e-3] * 2, [2e-3, 1e-6], [4e-3 * math.sqrt(2), 1e-6]]
     return {"thousandths": 1000 * torch.tensor(rates, dtype=torch.float64)}
 
