@@ -366,7 +366,9 @@ def test_the_student_learns_the_labels_it_is_given():
         answers = module.student(module._samples(tones(of, 99))).argmax(2)
     right = (answers == of[:, None]).float().mean(0)
     assert right[0] > 0.9, "the classifier"
-    assert (right[1:] > 0.7).all(), "heads of blocks are four units wide here, and one that dies leaves two labels alike"
+    assert (right[1:] > 0.7).all(), (
+        "heads of blocks are four units wide here, and one that dies leaves two labels alike"
+    )
 
 
 def tones(labels: torch.Tensor, seed: int) -> Batch:
