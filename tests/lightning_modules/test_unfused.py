@@ -352,9 +352,9 @@ def test_the_student_learns_the_labels_it_is_given():
     torch.manual_seed(0)
     views = SoundViews(rate_hz=RATE_HZ, global_length_s=0.2, global_count=1, local_count=0, noise_prob=0.0)
     backbone = MelConvNet(rate_hz=RATE_HZ, mels=16, channels=8, embed_dim=32, dropout=0.0)
-    module = UnFuSeD(backbone, log_mel(), views=views, num_clusters=4, steps=80)
-    labels = torch.arange(32) % 4
-    module.pseudo_labels.settle(torch.eye(4)[labels], torch.arange(32), 32, "data")
+    module = UnFuSeD(backbone, log_mel(), views=views, num_clusters=8, steps=80)
+    labels = torch.arange(32) % 8
+    module.pseudo_labels.settle(torch.eye(8)[labels], torch.arange(32), 32, "data")
     of = module.pseudo_labels.labels
     module.train()
     module.begin(80, 80)
@@ -364,11 +364,7 @@ def test_the_student_learns_the_labels_it_is_given():
     module.eval()
     with torch.no_grad():
         answers = module.student(module._samples(tones(of, 99))).argmax(2)
-    right = (answers == of[:, None]).float().mean(0)
-    assert right[0] > 0.9, "the classifier"
-    assert (right[1:] > 0.7).all(), (
-        "heads of blocks are four units wide here, and one that dies leaves two labels alike"
-    )
+    assert ((answers == of[:, None]).float().mean(0) > 0.9).all(), "the classifier and each block"
 
 
 def tones(labels: torch.Tensor, seed: int) -> Batch:
